@@ -1,0 +1,1093 @@
+"""FPT: Fast Prompt Tuning by progressive training, in one file.
+
+    python fpt.py --model t5-base --task rte           # FPT, schedule cr, the paper's settings
+    python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2
+    python fpt.py --model PATH/TO/T5 --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000
+
+Prompt tuning (PT, Lester et al. 2021) learns P vectors in front of the input embeddings of a
+frozen T5. Few parameters, but every update runs the whole model forward and backward. FPT (Huang
+et al., Findings of EMNLP 2022, arXiv 2211.06840) makes the early updates cheap: the prompt is
+trained first on a *partial* T5, with layers dropped and FFN neurons removed, that grows in stages
+to the full model. The same prompt is carried ("recycled") through every growth.
+
+    the paper                              here
+    partial PLM: layer dropping (LD)       kept_layers, partial_t5
+    FFN reduction (FR), compound (CR)      neuron_scores, partial_t5
+    progressive training                   Stage, SCHEDULES, stage_at, train
+    FLOPs of Tables 1 and 2                step_flops
+    prompt tuning (PT)                     SoftPrompt, init_prompt
+
+What this is not: a library of tuning methods (PEFT is; the prompts saved here load there), a way
+to tune weights, or for models other than T5s. Lines that differ on purpose from the authors' code
+(thunlp/FastPromptTuning) are marked "Official:"; tutorial.md collects them in one table.
+
+Glossary
+    B        examples in a batch
+    P        vectors in the soft prompt (20 in the paper)
+    T        tokens of the source, padded to the longest of the batch
+    S        tokens of the target, likewise
+    d        d_model, the width of the residual stream
+    d_ff     neurons of a feed-forward network (FFN): neuron j is row j of wi and column j of wo
+    L        layers ("blocks") of the encoder or of the decoder
+    depth    share of the L layers that a partial model keeps (Table 1: "Enc/Dec layers")
+    width    share of the d_ff neurons that each layer keeps  (Table 1: "FFN dim")
+    stage    a depth, a width, and the share of all updates spent there
+    update   one optimiser step on one batch, counted from 1
+"""
+
+import argparse
+import collections
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+# ====== Config ====================================================================================
+
+
+class UserError(Exception):
+    """Something the user can mend: `main` prints it as one line and exits with code 2."""
+
+
+def flag(default, text):
+    """A field of `Config`; `text` is the help of its flag."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every knob: its flag, its default (the paper's, where the paper has one), its help."""
+
+    model: str = flag("t5-base", "hub id or folder: T5 v1.0, v1.1, LM-adapted, Flan, mT5 or ByT5")
+    task: str = flag("rte", "a name of the task table, or a folder (task.json, two .jsonl files)")
+    schedule: tuple = flag(("cr",), "pt, ld, fr, cr, or depthxwidth:share,...; several run in turn")
+    seed: tuple = flag((0,), "of the data order and the initial prompt; several run in turn")
+    steps: int = flag(30_000, "updates; the stages scale with it")
+    batch: int = flag(32, "examples per update")
+    prompt_length: int = flag(20, "P, vectors in the soft prompt")
+    init: str = flag("uniform", "uniform, vocab, labels, or the folder of a saved prompt")
+    lr: float = flag(0.3, "constant learning rate of Adafactor")
+    eval_every: int = flag(500, "updates between evaluations on the dev part")
+    dev: int = flag(500, "examples carved from train to choose the prompt; a fifth at most")
+    limit: int = flag(0, "validation examples to report on; 0 means all")
+    score_examples: int = flag(64, "train examples that score the FFN neurons")
+    max_source: int = flag(492, "source tokens kept; with 20 prompt vectors the paper's 512")
+    precision: str = flag("fp32", "fp32 or bf16")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    out: str = flag("runs/TIME", "new folder for what this command writes")
+
+
+def parse_args(argv=None) -> Config:
+    """Flags -> `Config`; one that cannot be read is one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser("fpt.py", allow_abbrev=False, description=(
+        "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows."))
+    parser.error = lambda message: parser.exit(2, f"fpt.py: error: {message}; see --help\n")
+    for field in dataclasses.fields(Config):
+        several = isinstance(field.default, tuple)
+        value = field.default[0] if several else field.default
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"), type=type(value), nargs="+" if several else None,
+            default=field.default, help=f"{field.metadata['help']} (default: {value})")
+    return Config(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    parse_args()  # --help and a mistyped flag answer at once: torch takes seconds to import
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+# ====== 1 Partial models ==========================================================================
+
+
+def kept_layers(total: int, keep: int) -> list[int]:
+    """Indices of the layers that layer dropping keeps, evenly: kept_layers(12, 3) is [0, 5, 11].
+
+    The first and the last layer stay, and gaps differ by at most one, the larger ones at the top.
+    keep=1 gives [0]: layer 0 alone owns T5's relative position bias, and without it the model runs
+    on, silently wrong. Sets of growing stages are not nested: 24 -> 12 lacks layer 13 of 24 -> 6.
+    Raises ValueError unless 1 <= keep <= total.
+    Official: `evenly_select_layers`, the same rule; it divides by zero for keep=1.
+    """
+    if not 1 <= keep <= total:
+        raise ValueError(f"cannot keep {keep} of {total} layers")
+    if keep == 1:
+        return [0]
+    gap, longer = divmod(total - 1, keep - 1)  # the last `longer` of the keep-1 gaps are gap+1
+    return [i * gap + max(0, i - (keep - 1 - longer)) for i in range(keep)]
+
+
+def check_t5(config) -> None:
+    """Raise ValueError unless a model with this config has the layout that is relied on below.
+
+    umt5 looks alike and is refused: every layer of it has a position bias of its own, and
+    transformers 5 scales its logits against its checkpoints.
+    """
+    if config.model_type not in ("t5", "mt5"):
+        raise ValueError(f"a model of type {config.model_type}; FPT here is for T5 "
+                         "(t5, v1.1, LM-adapted, Flan, mT5 or ByT5 checkpoints)")
+
+
+@torch.no_grad()
+def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
+    """Mean absolute activation of every FFN neuron, by which FFN reduction ranks them.
+
+    The activation is the input of `wo`: relu(wi x) in T5 v1.0, gelu(wi_0 x) * wi_1 x in gated T5s.
+    It is averaged over an example's unmasked positions, the prompt's too, and then over examples.
+
+    Args:
+        model: a T5ForConditionalGeneration in eval mode (dropout would blur the scores).
+        prompt: [P, d]; the paper uses the initial one.
+        batches: dicts of input_ids [B, T], attention_mask [B, T], labels [B, S] (-100 is masked).
+    Returns:
+        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one fp32 tensor a layer.
+    Official: scores 1,000 examples of the *validation* split; give it train examples.
+    """
+    check_t5(model.config)
+    soft_prompt, mask, totals, count, hooks = SoftPrompt(prompt), {}, {}, 0, []
+
+    def add(side, layer, activation):  # [B, positions, d_ff]; summed at once: L of them are large
+        weight = mask[side].unsqueeze(-1).float()  # [B, positions, 1]
+        mean = (activation.abs().float() * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B, d_ff]
+        totals[side, layer] = totals.get((side, layer), 0) + mean.sum(0)
+
+    sides = {side: getattr(model, side).block for side in ("encoder", "decoder")}
+    try:
+        for side, blocks in sides.items():
+            for layer, block in enumerate(blocks):
+                hooks.append(block.layer[-1].DenseReluDense.wo.register_forward_pre_hook(
+                    lambda _, inputs, side=side, layer=layer: add(side, layer, inputs[0])))
+        for batch in batches:
+            embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
+            embeds, mask["encoder"] = soft_prompt(embeds, batch["attention_mask"])  # [B, P+T, d]
+            mask["decoder"] = batch["labels"] != -100  # [B, S]
+            model(inputs_embeds=embeds, attention_mask=mask["encoder"], labels=batch["labels"],
+                  use_cache=False)
+            count += len(embeds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {side: [totals[side, i] / count for i in range(len(sides[side]))] for side in sides}
+
+
+def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = True):
+    """A T5 with a share `depth` of the layers and a share `width` of the FFN neurons of `model`.
+
+    A model of the same class (forward, loss, cache, `generate`) that *shares* every kept tensor
+    with `model`; only narrowed FFN matrices are new memory. `model` stays as it is, and both can be
+    used in turn. It is a view to compute with: move, cast or save `model`, not the view.
+
+    Args:
+        model: a T5ForConditionalGeneration or MT5ForConditionalGeneration.
+        depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
+        scores: of `neuron_scores`, needed if width < 1: each layer keeps its top neurons, in order.
+        decoder: False leaves the decoder whole, as the paper does where targets are short labels.
+    Raises ValueError for a share outside (0, 1], missing scores, or a model that is no T5.
+    """
+    check_t5(model.config)
+    if not (0 < depth <= 1 and 0 < width <= 1):
+        raise ValueError(f"depth {depth} and width {width} must be in (0, 1]")
+    if width < 1 and scores is None:
+        raise ValueError("width < 1 needs scores: neuron_scores(model, prompt, batches)")
+
+    def part(share, total):  # 1e-9: in floating point 0.29 * 50 is 14.499999999999998
+        return max(1, math.floor(share * total + 0.5 + 1e-9))
+
+    def view(module):  # the same tensors, with a table of children of its own
+        clone = copy.copy(module)
+        clone._modules = dict(module._modules)
+        return clone
+
+    def narrowed(block, ranking):
+        keep = ranking.topk(part(width, len(ranking))).indices.sort().values  # [k]
+        block = view(block)
+        block.layer = view(block.layer)
+        block.layer[-1] = view(block.layer[-1])
+        ffn = block.layer[-1].DenseReluDense = view(block.layer[-1].DenseReluDense)
+        for name in {"wi", "wi_0", "wi_1", "wo"} & set(ffn._modules):  # no biases in T5
+            weight = getattr(ffn, name).weight.detach()
+            weight = weight.index_select(int(name == "wo"), keep.to(weight.device))  # wo: [d, k]
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(ffn, name, linear)
+        return block
+
+    # The trap that views avoid: a smaller model built from a config and filled by load_state_dict
+    # ties its embeddings, which destroys v1.1, LM-adapted and Flan weights without a message.
+    partial = view(model)
+    for side in ("encoder", "decoder") if decoder else ("encoder",):
+        stack = view(getattr(model, side))
+        kept = kept_layers(len(stack.block), part(depth, len(stack.block)))
+        stack.block = nn.ModuleList(stack.block[i] if width == 1 else
+                                    narrowed(stack.block[i], scores[side][i]) for i in kept)
+        setattr(partial, side, stack)
+    return partial
+
+
+# ====== 2 Schedule ================================================================================
+
+
+class Stage(NamedTuple):
+    """A partial model, and the share of all updates that run on it."""
+
+    depth: float
+    width: float
+    share: float
+
+
+# 6,000 x 3 and 12,000 of 30,000 updates. They give Table 2's FLOPs for T5-LARGE (72, 83, 65 %);
+# those for XL (86, 84, 74 %) need other shares, which no published script has.
+_GROWTH = ((0.25, 0.2), (0.5, 0.2), (0.75, 0.2), (1.0, 0.4))
+SCHEDULES = {
+    "pt": (Stage(1.0, 1.0, 1.0),),  # plain prompt tuning
+    "ld": tuple(Stage(size, 1.0, share) for size, share in _GROWTH),  # layer dropping
+    "fr": tuple(Stage(1.0, size, share) for size, share in _GROWTH),  # FFN reduction
+    "cr": tuple(Stage(size, size, share) for size, share in _GROWTH),  # compound reduction: both
+}
+
+
+def parse_schedule(text: str) -> tuple[Stage, ...]:
+    """A preset's name, or stages: "0.5x0.25:0.3,1x1:0.7" is depth x width : share of the updates.
+
+    A single partial stage ("0.25x1:1") is a row of the paper's Table 1. Raises ValueError with the
+    reason if a part cannot be read, a number is outside (0, 1], or the shares do not add up to 1.
+    """
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    stages = []
+    for part in text.split(","):
+        numbers = re.fullmatch(r"\s*([\d.]+)x([\d.]+):([\d.]+)\s*", part)
+        try:
+            stages.append(Stage(*map(float, numbers.groups())))
+        except (AttributeError, ValueError):
+            raise ValueError(f"schedule {text!r}: {part!r} is none of {', '.join(SCHEDULES)}, nor "
+                             "depthxwidth:share, as in 0.5x0.25:0.3,1x1:0.7") from None
+        if not all(0 < number <= 1 for number in stages[-1]):
+            raise ValueError(f"schedule {text!r}: the numbers of {part!r} must be in (0, 1]")
+    total = sum(stage.share for stage in stages)
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"schedule {text!r}: the shares add up to {total:g}, not 1")
+    return tuple(stages)
+
+
+def stage_at(schedule, step: int, steps: int) -> int:
+    """Index of the stage that update `step` (1 to steps) runs in.
+
+    Growth follows the boundary update, as in the official code: of 30,000, update 6,000 is the last
+    of stage 0. Boundaries round half up, so a run of few updates may skip a stage.
+    """
+    if not 1 <= step <= steps:
+        raise ValueError(f"update {step} is outside 1..{steps}")
+    share = 0.0
+    for index, stage in enumerate(schedule[:-1]):
+        share += stage.share
+        if step <= math.floor(share * steps + 0.5 + 1e-6):
+            return index
+    return len(schedule) - 1
+
+
+# ====== 3 Cost ====================================================================================
+
+
+def step_flops(model, batch: int, source: int, target: int, backward: bool = True) -> int:
+    """Exact matmul FLOPs (2 per multiply-add) of one prompt-tuning update of this (partial) model.
+
+    `source` is P+T and `target` is S, both padded. The backward pass goes to the prompt *through
+    frozen weights*: a linear layer costs its forward once more (dX, no dW), the two products of
+    attention cost theirs twice. An update is therefore about 2.07 forwards; the usual factor 3 of
+    training overstates prompt tuning by 45 %. With backward=False: the forward pass alone.
+    Equal to torch.utils.flop_counter.FlopCounterMode under eager attention.
+    Official: the linear layers of a forward pass at 512 tokens, no attention products.
+    """
+    forward = gradient = 0
+
+    def linear(positions, *layers):
+        return 2 * batch * positions * sum(layer.weight.numel() for layer in layers)
+
+    def products(attention, queries, keys):  # Q K^T and A V
+        return 4 * batch * queries * keys * attention.q.out_features
+
+    def ffn(block, positions):
+        layers = block.layer[-1].DenseReluDense.children()
+        return linear(positions, *(layer for layer in layers if isinstance(layer, nn.Linear)))
+
+    for block in model.encoder.block:
+        own = block.layer[0].SelfAttention
+        once = linear(source, own.q, own.k, own.v, own.o) + ffn(block, source)
+        twice = products(own, source, source)
+        forward += once + twice
+        gradient += once + 2 * twice
+    for index, block in enumerate(model.decoder.block):
+        own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+        queries = linear(target, own.q, own.k, own.v, own.o, cross.q)
+        # Keys and values of the whole source in every decoder layer: what a whole decoder costs.
+        once = linear(source, cross.k, cross.v) + linear(target, cross.o) + ffn(block, target)
+        twice = products(cross, target, source)
+        forward += queries + products(own, target, target) + once + twice
+        gradient += once + 2 * twice
+        if index == 0:  # before its first cross-attention the decoder has not met the prompt
+            gradient -= twice // 2
+        else:
+            gradient += queries + 2 * products(own, target, target)
+    head = linear(target, model.lm_head)
+    return forward + head + (gradient + head if backward else 0)
+
+
+# ====== 4 Soft prompt =============================================================================
+
+
+class SoftPrompt(nn.Module):
+    """P trainable vectors in front of the input embeddings: all that FPT trains.
+
+    The parameter is fp32 whatever the model is; a bf16 prompt would round its updates away.
+    """
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().clone())  # [P, d]
+
+    def forward(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Input embeddings [B, T, d] and mask [B, T] -> [B, P+T, d] and [B, P+T]."""
+        # Cast first: torch.cat would promote the whole residual stream of a bf16 model to fp32.
+        prompt = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)  # [B, P, d]
+        ones = mask.new_ones(len(mask), len(self.weight))  # [B, P]
+        return torch.cat([prompt, embeds], dim=1), torch.cat([ones, mask], dim=1)
+
+
+def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=(), common=5000):
+    """An initial prompt [P, d] from the embedding matrix [V, d].
+
+    uniform: U(-1/sqrt(d), 1/sqrt(d)), the paper's. vocab: rows of `length` different tokens, drawn
+    from the `common` most frequent (T5's vocabulary is sorted so; 0-2 are pad, eos, unk). labels:
+    the rows of `first_ids`, then as vocab (Lester et al. 2021). ValueError if it cannot be made.
+    `generator` (CPU) is the prompt's own, so every schedule of a seed starts from the same prompt.
+    Official: the partial model draws random numbers before the prompt does, so starts differ.
+    """
+    if how == "uniform":
+        bound = embeddings.shape[1] ** -0.5
+        return torch.empty(length, embeddings.shape[1]).uniform_(-bound, bound, generator=generator)
+    if how not in ("vocab", "labels"):
+        raise ValueError(f"init {how!r} is none of uniform, vocab, labels")
+    first = list(dict.fromkeys(first_ids)) if how == "labels" else []
+    drawn = torch.randperm(min(common, len(embeddings)) - 3, generator=generator) + 3
+    ids = (first + [i for i in drawn.tolist() if i not in first])[:length]
+    if len(ids) < length:
+        raise ValueError(f"a prompt of {length} vectors needs as many tokens; there are {len(ids)}")
+    return embeddings[torch.tensor(ids, device=embeddings.device)].detach().float().cpu()
+
+
+def save_prompt(folder, prompt: Tensor, model_name: str) -> None:
+    """Write a prompt [P, d] as PEFT's prompt tuning; `PeftModel.from_pretrained` loads it."""
+    from safetensors.torch import save
+
+    adapter = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM",  # without it PEFT loads the folder and ignores the prompt
+        "num_virtual_tokens": len(prompt),
+        "num_transformer_submodules": 1,  # PEFT's default for T5, 2, wants another, unused [P, d]
+        "token_dim": prompt.shape[1],
+        "base_model_name_or_path": model_name,
+        "inference_mode": True,
+    }
+    tensors = {"prompt_embeddings": prompt.detach().float().cpu().contiguous()}
+    write(Path(folder) / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write(Path(folder) / "adapter_config.json", json.dumps(adapter, indent=2) + "\n")
+
+
+def load_prompt(folder) -> Tensor:
+    """The prompt [P, d] of a PEFT prompt-tuning folder, ours or PEFT's own: fp32, on the CPU.
+
+    Raises ValueError if the folder holds none, or one with NaN or infinite values.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        prompt = load_file(Path(folder) / "adapter_model.safetensors")["prompt_embeddings"]
+        length = adapter["num_virtual_tokens"]
+        if adapter["peft_type"] != "PROMPT_TUNING" or not 0 < length <= len(prompt):
+            raise ValueError("its files do not describe one")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no prompt saved by fpt.py or PEFT: {error}") from None
+    if prompt.dim() != 2 or not prompt.isfinite().all():
+        raise ValueError(f"the prompt in {folder} is no matrix, or has NaN or infinite values")
+    return prompt[:length].float()  # rows beyond are PEFT's decoder prompt, which T5 never sees
+
+
+# ====== 5 Tasks and data ==========================================================================
+
+
+class Task(NamedTuple):
+    """A task as data. Without `labels` it is free text, answered by `generate`."""
+
+    source: str = ""  # template over the columns of a hub data set
+    labels: tuple[str, ...] = ()  # verbalizer: the text of label 0, 1, ... in the data set's order
+    metric: str = "accuracy"  # a name in METRICS
+    decoder: bool = False  # does the decoder shrink too? Where targets are labels it costs little
+    hub: tuple[str, str] = ("", "")  # repository and configuration
+    validation: str = "validation"  # the split that is reported
+    max_target: int = 10  # target tokens kept, and generated at most
+    prefix: str = "<extra_id_0>"  # T5 learned to begin targets so; the official code keeps it
+
+
+_GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"  # full ids: datasets 5 refuses the short ones
+TASKS = {
+    # The paper's five, with its templates and label words.
+    "mnli": Task("hypothesis: {hypothesis} premise: {premise}",
+                 ("entailment", "neutral", "contradiction"),
+                 hub=(_GLUE, "mnli"), validation="validation_matched"),
+    "qqp": Task("question1: {question1} question2: {question2}", ("not_duplicate", "is_duplicate"),
+                "accuracy_f1", hub=(_GLUE, "qqp")),
+    "squad2": Task("question: {question} context: {context}", metric="em_f1", decoder=True,
+                   hub=("rajpurkar/squad_v2", "squad_v2"), max_target=64),
+    "record": Task("query: {query} entities: {entities} passage: {passage}", metric="em_f1",
+                   decoder=True, hub=(_SUPER, "record"), max_target=64),
+    "xsum": Task("{document}", metric="rouge_l", decoder=True,
+                 hub=("EdinburghNLP/xsum", "default"), max_target=128),
+    # Not in the paper. t5-base and the other v1.0 models saw these (and most of the five) in their
+    # own pre-training: their scores show that a run works, not what a prompt can learn.
+    "rte": Task("sentence1: {sentence1} sentence2: {sentence2}", ("entailment", "not_entailment"),
+                hub=(_GLUE, "rte")),
+    "sst2": Task("sentence: {sentence}", ("negative", "positive"), hub=(_GLUE, "sst2")),
+    "mrpc": Task("sentence1: {sentence1} sentence2: {sentence2}", ("not_equivalent", "equivalent"),
+                 "accuracy_f1", hub=(_GLUE, "mrpc")),
+    "boolq": Task("question: {question} passage: {passage}", ("False", "True"),
+                  hub=(_SUPER, "boolq")),
+    "cb": Task("hypothesis: {hypothesis} premise: {premise}",
+               ("entailment", "contradiction", "neutral"), "accuracy_macro_f1", hub=(_SUPER, "cb")),
+    "copa": Task("choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}",
+                 ("choice1", "choice2"), hub=(_SUPER, "copa")),
+    "wic": Task("word: {word} sentence1: {sentence1} sentence2: {sentence2}", ("False", "True"),
+                hub=(_SUPER, "wic")),
+}
+
+
+class Example(NamedTuple):
+    """An input, the text to learn, and every text that counts as right."""
+
+    source: str
+    target: str
+    answers: tuple[str, ...]
+
+
+class Data(NamedTuple):
+    """A task and its examples, in three parts that share none."""
+
+    task: Task
+    train: list[Example]
+    dev: list[Example]
+    validation: list[Example]
+
+
+def load_data(name: str, dev: int, limit: int = 0) -> Data:
+    """The task `name`, of the table or a folder; `dev` is carved from train, the same every time.
+
+    Official: chooses the prompt, and the neurons, on the validation split that it reports.
+    """
+    task, train, validation = load_hub(TASKS[name]) if name in TASKS else load_folder(Path(name))
+    if len(train) < 10 or not validation:
+        raise UserError(f"task {name}: {len(train)} train and {len(validation)} validation examples "
+                        "are too few; it takes 10 and 1")
+    order = torch.randperm(len(train), generator=rng("dev")).tolist()
+    dev = min(dev, len(train) // 5)
+    return Data(task, [train[i] for i in order[dev:]], [train[i] for i in order[:dev]],
+                validation[:limit or None])
+
+
+def load_hub(task: Task):
+    """-> task, train and validation examples, downloaded or cached by the `datasets` library."""
+    import transformers  # noqa: F401  first, or datasets prints two lines to stdout
+    import datasets
+
+    what = f"data set {task.hub[0]} ({task.hub[1]})"
+    datasets.disable_progress_bars()
+    try:
+        try:
+            data = datasets.load_dataset(*task.hub)
+        except RuntimeError:  # xsum may be a loading script there: refused, but not this branch
+            data = datasets.load_dataset(*task.hub, revision="refs/convert/parquet")
+        missing = {"train", task.validation} - set(data)
+        if missing:
+            raise ValueError(f"it has no split {', '.join(missing)}")
+        train, validation = ([hub_examples(task, row) for row in data[split]]
+                             for split in ("train", task.validation))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(hub_failure(what, error)) from None
+    # ReCoRD trains on every distinct answer, as the official code; validation counts a row once.
+    return task, [example for row in train for example in row], [row[0] for row in validation]
+
+
+def hub_examples(task: Task, row: dict) -> list[Example]:
+    """A row of a hub data set -> an example for each text that may be learned from it."""
+    fields = {key: ", ".join(value) if isinstance(value, list) else value  # ReCoRD's entities
+              for key, value in row.items() if "{%s}" % key in task.source}
+    source = task.source.format(**fields).replace("\n@highlight\n", " ")  # ReCoRD's bullet points
+    if task.labels:
+        if not 0 <= row["label"] < len(task.labels):  # unlabelled splits carry -1, Python's "last"
+            raise ValueError(f"label {row['label']} is none of 0..{len(task.labels) - 1}")
+        answers = [task.labels[row["label"]]]
+    elif "summary" in row:
+        answers = [row["summary"]]
+    else:  # an unanswerable question of SQuAD 2.0 has an empty list
+        gold = row["answers"]["text"] if isinstance(row["answers"], dict) else row["answers"]
+        answers = list(dict.fromkeys(gold)) or ["no answer"]
+    targets = answers if "entities" in row else answers[:1]
+    return [Example(source, target, tuple(answers)) for target in targets]
+
+
+def load_folder(folder: Path):
+    """-> task, train and validation examples of a folder; UserError names the file and the line.
+
+    task.json may set `labels`, `metric`, `decoder`, `prefix` (none by default) and `max_target`.
+    Lines of train.jsonl and validation.jsonl are {"source": text, "target": text}; for free text a
+    target may be a list: the first is learned, any is right.
+    """
+    def parse(name, convert, whole=False):
+        path, found = folder / name, []
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        for number, line in enumerate([text] if whole else text.split("\n"), 1):
+            try:
+                if whole or line.strip():
+                    found.append(convert(json.loads(line)))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+        return found
+
+    def example(row):
+        source, target = (row.get("source"), row.get("target")) if isinstance(row, dict) else (0, 0)
+        answers = tuple(target) if isinstance(target, list) else (target,)
+        if not answers or not all(isinstance(x, str) and x.strip() for x in (source, *answers)):
+            raise ValueError('needs a text "source" and a "target", a text or a list of texts')
+        if task.labels and target not in task.labels:
+            raise ValueError(f"target {target!r} is none of the labels {', '.join(task.labels)}")
+        return Example(source, answers[0], answers)
+
+    [task] = parse("task.json", folder_task, whole=True)
+    return task, parse("train.jsonl", example), parse("validation.jsonl", example)
+
+
+def folder_task(spec: dict) -> Task:
+    """The content of a task.json -> `Task`; raises ValueError naming the key."""
+    kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int,
+             "description": str}
+    if not isinstance(spec, dict):
+        raise ValueError("must be an object: {...}")
+    for key, value in spec.items():
+        if type(value) is not kinds.get(key):
+            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise ValueError(f"key {key!r} is unknown or of a wrong type; keys are {known}")
+    labels = tuple(spec.get("labels", ()))
+    if len(labels) == 1 or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise ValueError("labels must be two texts or more; leave the key out for free text")
+    task = Task("", labels, spec.get("metric", "accuracy" if labels else "em_f1"),
+                spec.get("decoder", not labels), prefix=spec.get("prefix", ""),
+                max_target=spec.get("max_target", 64))
+    if task.metric not in METRICS or task.metric.startswith("accuracy") != bool(labels):
+        raise ValueError(f"metric {task.metric!r}: with labels it is accuracy, accuracy_f1 or "
+                         "accuracy_macro_f1; without, em_f1 or rouge_l")
+    if task.max_target < 1:
+        raise ValueError("max_target must be at least 1")
+    return task
+
+
+def hub_failure(what: str, error: Exception) -> str:
+    """One line for a failed load: the libraries' own messages run over many and mislead."""
+    chain, link = "", error
+    while link is not None:
+        chain, link = f"{chain} {type(link).__name__}: {link}", link.__cause__ or link.__context__
+    if any(word in chain for word in ("sentencepiece", "tiktoken", "protobuf")):
+        return f"{what}: its tokenizer needs two more packages: pip install sentencepiece protobuf"
+    if any(word in chain for word in ("ConnectionError", "ConnectError", "LocalEntryNotFound",
+                                      "OfflineMode", "couldn't connect")):
+        return (f"{what}: not in the local cache, and the hub does not answer. Use folders for "
+                "--model and --task, or connect once; then HF_HUB_OFFLINE=1 uses the cache alone")
+    return f"{what}: {' '.join(str(error).split())[:300]}"
+
+
+def ask_hub(config: Config) -> None:
+    """Wait 5 s at most for a sign of life of the hub; without one, use the local cache alone.
+
+    The libraries retry for 24 to 48 s a file, even for files they have. They read HF_HUB_OFFLINE
+    when they are imported, so this comes first.
+    """
+    import urllib.error
+    import urllib.request
+
+    local = Path(config.model).is_dir() and Path(config.task).is_dir()
+    if local or "HF_HUB_OFFLINE" in os.environ or "huggingface_hub" in sys.modules:
+        return
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # an error page is an answer too
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        print(f"{hub} does not answer: using the local cache alone")
+
+
+def load_model(name: str, device, precision: str):
+    """-> the model, frozen and in eval mode, and its tokenizer, by transformers' own code."""
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no thread that has a bot convert
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # its warning on untied T5 heads advises wrongly
+    transformers.logging.disable_progress_bar()
+    # Named, because the default is the checkpoint's dtype. In fp16 T5's activations overflow.
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        check_t5(transformers.AutoConfig.from_pretrained(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(hub_failure(f"model {name}", error)) from None
+    # eval() only turns dropout off, as the paper does; gradients reach the prompt all the same.
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def label_ids(tokenizer, task: Task) -> list[list[int]]:
+    """Token ids of each label's target, end of sequence included; UserError if two are alike."""
+    ids = [tokenizer(task.prefix + label).input_ids for label in task.labels]
+    for i, label in enumerate(task.labels):
+        if ids[i] in ids[:i]:
+            raise UserError(f"labels {task.labels[ids.index(ids[i])]!r} and {label!r} are the same "
+                            "tokens for this model: choose other words")
+    return ids
+
+
+def collate(tokenizer, examples, task: Task, config: Config, device) -> dict[str, Tensor]:
+    """Examples -> input_ids and attention_mask [B, T], labels [B, S]; padded to the longest.
+
+    Official: pads every source to 492 tokens, whatever its length.
+    """
+    def encode(texts, length):
+        return tokenizer(texts, truncation=True, max_length=length, padding=True,
+                         return_tensors="pt")
+
+    sources = encode([e.source for e in examples], config.max_source)
+    targets = encode([task.prefix + e.target for e in examples], task.max_target)
+    labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)  # -100: no loss there
+    return {"input_ids": sources.input_ids.to(device), "labels": labels.to(device),
+            "attention_mask": sources.attention_mask.to(device)}
+
+
+def rng(*key):
+    """A CPU generator that depends on `key` alone, so that no draw can shift another one."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def batches(examples, seed: int, size: int, start: int = 1, pool: int = 50):
+    """Yield the examples of update start, start+1, ...: each a pure function of (seed, update).
+
+    `pool` batches at a time are drawn from one shuffled pass over the data after another, sorted by
+    length and cut: little padding, a random mix, and no example left out.
+    """
+    step, n = start - 1, len(examples)
+    shuffled = functools.lru_cache(maxsize=2)(
+        lambda epoch: torch.randperm(n, generator=rng(seed, "epoch", epoch)).tolist())
+    while True:
+        number = step // pool
+        places = range(number * pool * size, (number + 1) * pool * size)  # in an endless pass
+        drawn = [shuffled(place // n)[place % n] for place in places]
+        drawn.sort(key=lambda i: len(examples[i].source))  # characters: near enough, and free
+        order = torch.randperm(pool, generator=rng(seed, "pool", number)).tolist()
+        for k in order[step % pool:]:
+            yield [examples[i] for i in drawn[k * size:(k + 1) * size]]
+            step += 1
+
+
+# ====== 6 Evaluate ================================================================================
+
+
+def accuracy(predictions, examples, labels, f1=None) -> dict[str, float]:
+    """Percent right; with f1="binary" also the F1 of label 1 (GLUE's for QQP), or "macro"."""
+    gold = [example.target for example in examples]
+    scores = {"accuracy": 100 * sum(map(str.__eq__, predictions, gold)) / len(gold)}
+    if f1:
+        from sklearn.metrics import f1_score
+
+        which = {"pos_label": labels[1]} if f1 == "binary" else {"labels": labels}
+        scores["f1"] = 100 * float(f1_score(gold, predictions, average=f1, **which))
+    return scores
+
+
+def em_f1(predictions, examples, labels) -> dict[str, float]:
+    """SQuAD's exact match and token F1, normalised, best of the right answers, in percent.
+
+    Official: raw equality of texts; its F1 is that of answerability.
+    """
+    from torchmetrics.functional.text import squad
+
+    def blank(text):  # as in SQuAD 2.0's own script: no partial credit for half of "no answer"
+        return "" if text.strip().lower() == "no answer" else text
+
+    found = [{"prediction_text": blank(text), "id": str(i)} for i, text in enumerate(predictions)]
+    gold = [{"answers": {"text": [blank(text) for text in example.answers]}, "id": str(i)}
+            for i, example in enumerate(examples)]
+    scores = squad(found, gold)
+    return {"em": float(scores["exact_match"]), "f1": float(scores["f1"])}
+
+
+def rouge_l(predictions, examples, labels) -> dict[str, float]:
+    """ROUGE-L F-measure, without stemming, best of the right answers, in percent."""
+    from torchmetrics.functional.text import rouge_score
+
+    scores = rouge_score(predictions, [list(example.answers) for example in examples],
+                         accumulate="best", rouge_keys="rougeL")
+    return {"rouge_l": 100 * float(scores["rougeL_fmeasure"])}
+
+
+METRICS = {  # the first number of each chooses the prompt
+    "accuracy": accuracy,
+    "accuracy_f1": lambda *run: accuracy(*run, f1="binary"),
+    "accuracy_macro_f1": lambda *run: accuracy(*run, f1="macro"),
+    "em_f1": em_f1,
+    "rouge_l": rouge_l,
+}
+
+
+@torch.no_grad()
+def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config: Config):
+    """-> scores in percent, the first of them the one that counts, and the predicted texts.
+
+    Labels by rank classification: the label whose text is likeliest. Free text by greedy decoding.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
+    predictions = [""] * len(examples)
+    for start in range(0, len(order), config.batch):
+        chosen = order[start:start + config.batch]
+        batch = collate(tokenizer, [examples[i] for i in chosen], task, config, model.device)
+        embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
+        embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
+        if task.labels:
+            likelihood = label_likelihood(model, embeds, mask, label_ids(tokenizer, task))
+            texts = [task.labels[i] for i in likelihood.argmax(1).tolist()]
+        else:
+            ids = model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False,
+                                 num_beams=1, max_new_tokens=task.max_target)
+            texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        for i, text in zip(chosen, texts):
+            predictions[i] = text
+    return METRICS[task.metric](predictions, examples, task.labels), predictions
+
+
+def label_likelihood(model, embeds: Tensor, mask: Tensor, ids: list[list[int]]) -> Tensor:
+    """Log-likelihood [B, C] of C labels' token ids; the source is encoded once for all of them."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    labels = [torch.tensor(label, device=embeds.device) for label in ids]
+    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)  # [C, S]
+    labels = labels.repeat(len(embeds), 1)  # [B*C, S]
+    hidden = model.encoder(inputs_embeds=embeds, attention_mask=mask)[0]  # [B, P+T, d]
+    hidden = BaseModelOutput(hidden.repeat_interleave(len(ids), 0))  # [B*C, P+T, d]
+    logits = model(encoder_outputs=hidden, attention_mask=mask.repeat_interleave(len(ids), 0),
+                   labels=labels, use_cache=False).logits.float()  # [B*C, S, V]
+    loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [B*C, S]
+    return -loss.sum(1).view(len(embeds), len(ids))
+
+
+# ====== 7 Train ===================================================================================
+
+
+def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Config, seed, folder):
+    """The method: one prompt, one optimiser, a model that grows. -> best, log, final model.
+
+    Trains `prompt` in place. `best` is (prompt [P, d], dev scores, update) at the highest dev score
+    of the final model, the later of equals. The final model is the last stage's: the full one, or
+    for a row of Table 1 a partial one. UserError at the update where a number is no longer finite.
+    Official: scores each prompt on the partial model of its moment, and ranks them all together.
+    """
+    task, log, losses, best, stage, scores = data.task, [], [], None, None, None
+    cost = {"flops": 0, "scoring_flops": 0, "pt_flops": 0, "train_seconds": 0., "eval_seconds": 0.}
+    optimizer, clock = adafactor(prompt, config.lr), time.perf_counter()
+    if any(part.width < 1 for part in schedule):
+        scores, cost["scoring_flops"] = score_on_train(model, tokenizer, prompt, data, config, seed)
+    final = partial_t5(model, *schedule[-1][:2], scores, task.decoder)
+    bar = progress(config.steps)
+    for step, examples in zip(bar, batches(data.train, seed, config.batch)):
+        if stage != stage_at(schedule, step, config.steps):
+            # Growth: a larger model; the same prompt, and the same optimiser state, go on.
+            stage = stage_at(schedule, step, config.steps)
+            partial = partial_t5(model, *schedule[stage][:2], scores, task.decoder)
+        batch = collate(tokenizer, examples, task, config, model.device)
+        embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
+        embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
+        loss = partial(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"],
+                       use_cache=False).loss
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([prompt.weight], 1.0)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1] + norm.item()):  # one NaN would spread to the whole prompt
+            stop_nonfinite(prompt, step, examples, config, folder)
+        optimizer.step()
+        optimizer.zero_grad()
+        shape = len(mask), mask.shape[1], batch["labels"].shape[1]
+        cost["flops"] += step_flops(partial, *shape)
+        cost["pt_flops"] += step_flops(model, *shape)  # plain prompt tuning on the same batch
+        bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, dev "
+                            f"{shown(log[-1]['dev']) if log else '-'}, FLOPs {over_pt(cost):.2f} of pt")
+        if step % config.eval_every == 0 or step == config.steps:
+            cost["train_seconds"] += time.perf_counter() - clock
+            clock = time.perf_counter()
+            dev, _ = evaluate(final, prompt, tokenizer, task, data.dev, config)
+            if best is None or main_score(dev) >= main_score(best[1]):
+                best = prompt.weight.detach().clone(), dev, step
+                save_prompt(folder / "prompt", best[0], config.model)
+            cost["eval_seconds"] += time.perf_counter() - clock
+            log.append({"step": step, "stage": stage + 1, "loss": sum(losses) / len(losses),
+                        "dev": dev, **cost})
+            record(log, folder, bar)
+            losses, clock = [], time.perf_counter()
+    return best, log, final
+
+
+def adafactor(prompt: SoftPrompt, lr: float):
+    """The paper's optimiser: each step has RMS `lr`, whatever the gradient's scale.
+
+    torch.optim.Adafactor cannot express it: it scales by the parameter's RMS and decays the rate.
+    """
+    from transformers.optimization import Adafactor
+
+    return Adafactor([prompt.weight], lr=lr, scale_parameter=False, relative_step=False,
+                     warmup_init=False, weight_decay=1e-5)
+
+
+def score_on_train(model, tokenizer, prompt, data: Data, config: Config, seed: int):
+    """-> `neuron_scores` of train examples with the initial prompt, and their cost in FLOPs."""
+    drawn = torch.randperm(len(data.train), generator=rng(seed, "scores"))[:config.score_examples]
+    drawn = sorted((data.train[i] for i in drawn), key=lambda example: len(example.source))
+    found = [collate(tokenizer, drawn[i:i + config.batch], data.task, config, model.device)
+             for i in range(0, len(drawn), config.batch)]
+    shapes = [(len(b["labels"]), len(prompt.weight) + b["input_ids"].shape[1], b["labels"].shape[1])
+              for b in found]
+    return (neuron_scores(model, prompt.weight, found),
+            sum(step_flops(model, *shape, backward=False) for shape in shapes))
+
+
+def stop_nonfinite(prompt, step: int, examples, config: Config, folder: Path):
+    """Keep the prompt of the last good update and the batch to blame, and end the run."""
+    batch, kept = folder / "bad-batch.jsonl", folder / "prompt-last-good"
+    write(batch, jsonl(example._asdict() for example in examples))
+    save_prompt(kept, prompt.weight, config.model)
+    raise UserError(f"update {step}: the loss or its gradient is not finite. Batch: {batch}; last "
+                    f"good prompt: {kept}. Usual causes: --lr too high, weights that are not finite")
+
+
+def main_score(scores: dict[str, float]) -> float:
+    """The first score, the one that chooses the prompt."""
+    return next(iter(scores.values()))
+
+
+def over_pt(cost: dict) -> float:
+    """FLOPs so far, scoring included, over those of plain prompt tuning on the same batches."""
+    return (cost["flops"] + cost["scoring_flops"]) / cost["pt_flops"]
+
+
+# ====== 8 Record ==================================================================================
+
+
+def progress(steps: int):
+    """1..steps, with a bar and the time left on stderr if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(range(1, steps + 1), disable=None, unit="update", dynamic_ncols=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def jsonl(rows) -> str:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def shown(scores: dict[str, float]) -> str:
+    """Scores as text."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+
+
+def record(log: list[dict], folder: Path, bar) -> None:
+    """The newest evaluation of `log`: a line of log.jsonl and a line on the screen."""
+    write(folder / "log.jsonl", jsonl(log))
+    row = log[-1]
+    bar.write(f"update {row['step']:>6}  stage {row['stage']}  loss {row['loss']:.4f}  dev "
+              f"{shown(row['dev'])}  FLOPs {over_pt(row):.3f} of pt  "
+              f"training {row['train_seconds']:.1f} s  evaluation {row['eval_seconds']:.1f} s")
+
+
+def tune(model, tokenizer, name: str, data: Data, config: Config, seed: int, folder: Path) -> dict:
+    """One schedule, one seed: train, report on validation, fill the folder. -> results."""
+    schedule = parse_schedule(name)
+    prompt = SoftPrompt(start_prompt(model, tokenizer, data.task, config, seed)).to(model.device)
+    run = {**dataclasses.asdict(config), "schedule": name, "seed": seed}
+    write(folder / "config.json", json.dumps(
+        {**run, "stages": schedule, "device": str(model.device), "versions": versions()}, indent=2))
+    print(f"\n{name}, seed {seed}: " + ", ".join(
+        f"{s.depth:g}x{s.width:g} for {s.share:.0%}" for s in schedule) + " of the updates")
+    best, log, final = train(model, tokenizer, prompt, schedule, data, config, seed, folder)
+    save_prompt(folder / "prompt-last", prompt.weight, config.model)
+    prompt.weight.data.copy_(best[0])
+    scores, texts = evaluate(final, prompt, tokenizer, data.task, data.validation, config)
+    _, majority = collections.Counter(e.target for e in data.validation).most_common(1)[0]
+    results = {
+        **{key: run[key] for key in ("model", "task", "schedule", "seed", "steps")},
+        "best_step": best[2], "dev": best[1], "last_dev": log[-1]["dev"], "validation": scores,
+        "validation_examples": len(texts), "majority": 100 * majority / len(texts),
+        "constant_predictions": len(set(texts)) == 1,
+        "scored_on_full_model": schedule[-1][:2] == (1, 1), "flops_over_pt": over_pt(log[-1]),
+        **{key: value for key, value in log[-1].items() if key.endswith(("flops", "seconds"))}}
+    write(folder / "predictions.jsonl", jsonl(
+        {"source": example.source, "answers": example.answers, "prediction": text}
+        for example, text in zip(data.validation, texts)))
+    write(folder / "results.json", json.dumps(results, indent=2))
+    print(f"validation {shown(scores)}  ({len(texts)} examples, prompt of update {best[2]}; always "
+          f"the most frequent answer: {results['majority']:.2f})")
+    if results["constant_predictions"]:
+        print("warning: every prediction is the same text; nothing has been learned")
+    if not results["scored_on_full_model"]:
+        print("note: this schedule does not reach the full model; the scores are its last stage's")
+    return results
+
+
+def start_prompt(model, tokenizer, task: Task, config: Config, seed: int) -> Tensor:
+    """The initial prompt [P, d] that --init names; UserError if model or task do not allow it."""
+    embeddings = model.get_input_embeddings().weight  # [V, d]
+    words = [tokenizer(label, add_special_tokens=False).input_ids for label in task.labels]
+    try:
+        if config.init == "labels" and not words:
+            raise ValueError("--init labels is for tasks with labels; use vocab")
+        if config.init in ("uniform", "vocab", "labels"):
+            return init_prompt(config.init, config.prompt_length, embeddings, rng(seed, "prompt"),
+                               sum(words, []), common=min(5000, len(tokenizer)))
+        prompt = load_prompt(config.init)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if prompt.shape[1] != embeddings.shape[1]:
+        raise UserError(f"the prompt in {config.init} is {prompt.shape[1]} wide and {config.model} "
+                        f"{embeddings.shape[1]}: it was trained for another model")
+    return prompt
+
+
+def versions() -> dict[str, str]:
+    """Of what can change a number."""
+    from importlib.metadata import version
+
+    names = "torch", "transformers", "tokenizers", "datasets", "torchmetrics", "scikit-learn"
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def summarise(results: list[dict]) -> None:
+    """A line a run: scores beside what they cost."""
+    print(f"\n{'schedule':<24}{'seed':>4}{'dev':>8}{'validation':>12}{'FLOPs/pt':>10}{'seconds':>9}")
+    for run in results:
+        print(f"{run['schedule']:<24}{run['seed']:>4}{main_score(run['dev']):>8.2f}"
+              f"{main_score(run['validation']):>12.2f}{run['flops_over_pt']:>10.3f}"
+              f"{run['train_seconds']:>9.1f}")
+
+
+# ====== main ======================================================================================
+
+
+def check(config: Config) -> None:
+    """Refuse what is known to fail before anything is loaded; raises UserError."""
+    for name, value in vars(config).items():
+        if isinstance(value, int) and value < (name != "limit"):
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 < config.lr < math.inf:
+        raise UserError(f"--lr must be a positive number, not {config.lr}")
+    if config.precision not in ("fp32", "bf16"):
+        why = "; T5's activations overflow in fp16" if config.precision == "fp16" else ""
+        raise UserError(f"--precision is fp32 or bf16, not {config.precision}{why}")
+    if config.task not in TASKS and not Path(config.task).is_dir():
+        raise UserError(f"unknown task {config.task!r}: use {', '.join(TASKS)}, or a folder with "
+                        "task.json, train.jsonl and validation.jsonl")
+    if any(len(set(values)) < len(values) for values in (config.schedule, config.seed)):
+        raise UserError("--schedule or --seed names the same run twice")
+    try:
+        for schedule in config.schedule:
+            parse_schedule(schedule)
+        if config.init not in ("uniform", "vocab", "labels"):
+            load_prompt(config.init)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def pick_device(name: str):
+    """The torch device that --device names; UserError if this machine lacks it."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name}: not on this machine; use auto or cpu") from None
+    return torch.device(name)
+
+
+def new_folder(name: str) -> Path:
+    """Make the folder for this command's runs; UserError if it is in use or cannot be made."""
+    folder = Path(name.replace("TIME", time.strftime("%Y-%m-%d_%H%M%S")))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from None
+    if used:
+        raise UserError(f"--out {folder} is not empty, and nothing is overwritten: name another")
+    return folder
+
+
+def main(argv=None) -> list[dict]:
+    """Run every schedule and seed of the command on one loaded model; returns what it wrote."""
+    config = parse_args(argv)
+    try:
+        check(config)
+        device = pick_device(config.device)
+        ask_hub(config)
+        data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
+        model, tokenizer = load_model(config.model, device, config.precision)
+        label_ids(tokenizer, data.task)
+        start_prompt(model, tokenizer, data.task, config, seed=0)
+        out = new_folder(config.out)
+        print(f"{config.model} on {device} in {config.precision}; {config.task}: "
+              f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
+              f"examples; writes {out}")
+        results = []
+        for seed in config.seed:
+            for name in config.schedule:
+                folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
+                results.append(tune(model, tokenizer, name, data, config, seed, folder))
+    except UserError as error:
+        print(f"fpt.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    summarise(results)
+    print("\nTo use the last prompt:\n"
+          "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
+          f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"
+          f"    model = PeftModel.from_pretrained(model, {str(folder / 'prompt')!r})")
+    return results
+
+
+if __name__ == "__main__":
+    main()
