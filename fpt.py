@@ -435,7 +435,7 @@ class Task(NamedTuple):
     decoder: bool = False  # does the decoder shrink too? Where targets are labels it costs little
     hub: tuple[str, str] = ("", "")  # repository and configuration
     validation: str = "validation"  # the split that is reported
-    max_target: int = 10  # target tokens kept, and generated at most
+    max_target: int = 64  # tokens of free text kept, and generated at most; labels stay whole
     prefix: str = "<extra_id_0>"  # T5 learned to begin targets so; the official code keeps it
 
 
@@ -448,9 +448,9 @@ TASKS = {
     "qqp": Task("question1: {question1} question2: {question2}", ("not_duplicate", "is_duplicate"),
                 "accuracy_f1", hub=(_GLUE, "qqp")),
     "squad2": Task("question: {question} context: {context}", metric="em_f1", decoder=True,
-                   hub=("rajpurkar/squad_v2", "squad_v2"), max_target=64),
+                   hub=("rajpurkar/squad_v2", "squad_v2")),
     "record": Task("query: {query} entities: {entities} passage: {passage}", metric="em_f1",
-                   decoder=True, hub=(_SUPER, "record"), max_target=64),
+                   decoder=True, hub=(_SUPER, "record")),
     "xsum": Task("{document}", metric="rouge_l", decoder=True,
                  hub=("EdinburghNLP/xsum", "default"), max_target=128),
     # Not in the paper. t5-base and the other v1.0 models saw these (and most of the five) in their
@@ -495,8 +495,8 @@ def load_data(name: str, dev: int, limit: int = 0) -> Data:
     """
     task, train, validation = load_hub(TASKS[name]) if name in TASKS else load_folder(Path(name))
     if len(train) < 10 or not validation:
-        raise UserError(f"task {name}: {len(train)} train and {len(validation)} validation examples "
-                        "are too few; it takes 10 and 1")
+        raise UserError(f"task {name}: {len(train)} train and {len(validation)} validation "
+                        "examples are too few; it takes 10 and 1")
     order = torch.randperm(len(train), generator=rng("dev")).tolist()
     dev = min(dev, len(train) // 5)
     return Data(task, [train[i] for i in order[dev:]], [train[i] for i in order[:dev]],
@@ -515,13 +515,13 @@ def load_hub(task: Task):
             data = datasets.load_dataset(*task.hub)
         except RuntimeError:  # xsum may be a loading script there: refused, but not this branch
             data = datasets.load_dataset(*task.hub, revision="refs/convert/parquet")
-        missing = {"train", task.validation} - set(data)
-        if missing:
-            raise ValueError(f"it has no split {', '.join(missing)}")
-        train, validation = ([hub_examples(task, row) for row in data[split]]
-                             for split in ("train", task.validation))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the library's own are of many kinds
         raise UserError(hub_failure(what, error)) from None
+    missing = {"train", task.validation} - set(data)
+    if missing:
+        raise UserError(f"{what} has no split {', '.join(missing)}")
+    train, validation = ([hub_examples(task, row) for row in data[split]]
+                         for split in ("train", task.validation))
     # ReCoRD trains on every distinct answer, as the official code; validation counts a row once.
     return task, [example for row in train for example in row], [row[0] for row in validation]
 
@@ -533,7 +533,7 @@ def hub_examples(task: Task, row: dict) -> list[Example]:
     source = task.source.format(**fields).replace("\n@highlight\n", " ")  # ReCoRD's bullet points
     if task.labels:
         if not 0 <= row["label"] < len(task.labels):  # unlabelled splits carry -1, Python's "last"
-            raise ValueError(f"label {row['label']} is none of 0..{len(task.labels) - 1}")
+            raise UserError(f"{task.hub[0]}: {row['label']} is no label of this task")
         answers = [task.labels[row["label"]]]
     elif "summary" in row:
         answers = [row["summary"]]
@@ -580,20 +580,18 @@ def load_folder(folder: Path):
 
 def folder_task(spec: dict) -> Task:
     """The content of a task.json -> `Task`; raises ValueError naming the key."""
-    kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int,
-             "description": str}
+    kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int}
     if not isinstance(spec, dict):
         raise ValueError("must be an object: {...}")
     for key, value in spec.items():
         if type(value) is not kinds.get(key):
             known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
             raise ValueError(f"key {key!r} is unknown or of a wrong type; keys are {known}")
-    labels = tuple(spec.get("labels", ()))
+    labels = spec.get("labels", [])
     if len(labels) == 1 or not all(isinstance(label, str) and label.strip() for label in labels):
         raise ValueError("labels must be two texts or more; leave the key out for free text")
-    task = Task("", labels, spec.get("metric", "accuracy" if labels else "em_f1"),
-                spec.get("decoder", not labels), prefix=spec.get("prefix", ""),
-                max_target=spec.get("max_target", 64))
+    usual = {"metric": "accuracy" if labels else "em_f1", "decoder": not labels, "prefix": ""}
+    task = Task(**{**usual, **spec, "labels": tuple(labels)})
     if task.metric not in METRICS or task.metric.startswith("accuracy") != bool(labels):
         raise ValueError(f"metric {task.metric!r}: with labels it is accuracy, accuracy_f1 or "
                          "accuracy_macro_f1; without, em_f1 or rouge_l")
@@ -651,7 +649,7 @@ def load_model(name: str, device, precision: str):
         check_t5(transformers.AutoConfig.from_pretrained(name))
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except Exception as error:  # as above
         raise UserError(hub_failure(f"model {name}", error)) from None
     # eval() only turns dropout off, as the paper does; gradients reach the prompt all the same.
     return model.to(device).eval().requires_grad_(False), tokenizer
@@ -673,11 +671,12 @@ def collate(tokenizer, examples, task: Task, config: Config, device) -> dict[str
     Official: pads every source to 492 tokens, whatever its length.
     """
     def encode(texts, length):
-        return tokenizer(texts, truncation=True, max_length=length, padding=True,
+        return tokenizer(texts, truncation=length is not None, max_length=length, padding=True,
                          return_tensors="pt")
 
     sources = encode([e.source for e in examples], config.max_source)
-    targets = encode([task.prefix + e.target for e in examples], task.max_target)
+    targets = encode([task.prefix + e.target for e in examples],
+                     None if task.labels else task.max_target)
     labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)  # -100: no loss there
     return {"input_ids": sources.input_ids.to(device), "labels": labels.to(device),
             "attention_mask": sources.attention_mask.to(device)}
@@ -837,8 +836,8 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
         shape = len(mask), mask.shape[1], batch["labels"].shape[1]
         cost["flops"] += step_flops(partial, *shape)
         cost["pt_flops"] += step_flops(model, *shape)  # plain prompt tuning on the same batch
-        bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, dev "
-                            f"{shown(log[-1]['dev']) if log else '-'}, FLOPs {over_pt(cost):.2f} of pt")
+        bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, FLOPs "
+                            f"{over_pt(cost):.2f} of pt, dev {shown(best[1]) if best else '-'}")
         if step % config.eval_every == 0 or step == config.steps:
             cost["train_seconds"] += time.perf_counter() - clock
             clock = time.perf_counter()
@@ -883,7 +882,7 @@ def stop_nonfinite(prompt, step: int, examples, config: Config, folder: Path):
     write(batch, jsonl(example._asdict() for example in examples))
     save_prompt(kept, prompt.weight, config.model)
     raise UserError(f"update {step}: the loss or its gradient is not finite. Batch: {batch}; last "
-                    f"good prompt: {kept}. Usual causes: --lr too high, weights that are not finite")
+                    f"good prompt: {kept}. Usual causes: --lr too high, or weights with NaN")
 
 
 def main_score(scores: dict[str, float]) -> float:
@@ -999,11 +998,12 @@ def versions() -> dict[str, str]:
 
 def summarise(results: list[dict]) -> None:
     """A line a run: scores beside what they cost."""
-    print(f"\n{'schedule':<24}{'seed':>4}{'dev':>8}{'validation':>12}{'FLOPs/pt':>10}{'seconds':>9}")
+    heads = f"{'dev':>8}{'validation':>12}{'FLOPs/pt':>10}{'seconds':>8}"
+    print(f"\n{'schedule':<24}{'seed':>4}{heads}")
     for run in results:
         print(f"{run['schedule']:<24}{run['seed']:>4}{main_score(run['dev']):>8.2f}"
               f"{main_score(run['validation']):>12.2f}{run['flops_over_pt']:>10.3f}"
-              f"{run['train_seconds']:>9.1f}")
+              f"{run['train_seconds']:>8.1f}")
 
 
 # ====== main ======================================================================================
