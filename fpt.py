@@ -151,7 +151,6 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
         {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one fp32 tensor a layer.
     Official: scores 1,000 examples of the *validation* split; give it train examples.
     """
-    check_t5(model.config)
     soft_prompt, mask, totals, count, hooks = SoftPrompt(prompt), {}, {}, 0, []
 
     def add(side, layer, activation):  # [B, positions, d_ff]; summed at once: L of them are large
@@ -181,22 +180,19 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
 def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = True):
     """A T5 with a share `depth` of the layers and a share `width` of the FFN neurons of `model`.
 
-    A model of the same class (forward, loss, cache, `generate`) that *shares* every kept tensor
-    with `model`; only narrowed FFN matrices are new memory. `model` stays as it is, and both can be
-    used in turn. It is a view to compute with: move, cast or save `model`, not the view.
+    A model of the same class (forward, loss, cache, `generate`) that shares every kept tensor with
+    `model`: only narrowed FFN matrices are new memory, and both can be used in turn. A view to
+    compute with: move, cast or save `model` instead.
 
     Args:
-        model: a T5ForConditionalGeneration or MT5ForConditionalGeneration.
         depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
-        scores: of `neuron_scores`, needed if width < 1: each layer keeps its top neurons, in order.
-        decoder: False leaves the decoder whole, as the paper does where targets are short labels.
-    Raises ValueError for a share outside (0, 1], missing scores, or a model that is no T5.
+        scores: of `neuron_scores`, needed if width < 1; each layer keeps its top neurons, in order.
+        decoder: False leaves it whole, as the paper does where targets are short labels.
+    Raises ValueError for a share outside (0, 1], missing scores, or a `model` that is not a T5.
     """
     check_t5(model.config)
-    if not (0 < depth <= 1 and 0 < width <= 1):
-        raise ValueError(f"depth {depth} and width {width} must be in (0, 1]")
-    if width < 1 and scores is None:
-        raise ValueError("width < 1 needs scores: neuron_scores(model, prompt, batches)")
+    if not (0 < depth <= 1 and 0 < width <= 1) or (width < 1 and scores is None):
+        raise ValueError(f"depth {depth}, width {width}: must be in (0, 1]; width < 1 needs scores")
 
     def part(share, total):  # 1e-9: in floating point 0.29 * 50 is 14.499999999999998
         return max(1, math.floor(share * total + 0.5 + 1e-9))
@@ -207,21 +203,21 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         return clone
 
     def narrowed(block, ranking):
-        keep = ranking.topk(part(width, len(ranking))).indices.sort().values  # [k]
+        keep = ranking.argsort(descending=True, stable=True)[:part(width, len(ranking))]  # nested
         block = view(block)
         block.layer = view(block.layer)
         block.layer[-1] = view(block.layer[-1])
         ffn = block.layer[-1].DenseReluDense = view(block.layer[-1].DenseReluDense)
         for name in {"wi", "wi_0", "wi_1", "wo"} & set(ffn._modules):  # no biases in T5
-            weight = getattr(ffn, name).weight.detach()
-            weight = weight.index_select(int(name == "wo"), keep.to(weight.device))  # wo: [d, k]
+            weight = getattr(ffn, name).weight.detach()  # [d_ff, d]; wo: [d, d_ff]
+            weight = weight.index_select(int(name == "wo"), keep.sort().values.to(weight.device))
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)
             setattr(ffn, name, linear)
         return block
 
-    # The trap that views avoid: a smaller model built from a config and filled by load_state_dict
-    # ties its embeddings, which destroys v1.1, LM-adapted and Flan weights without a message.
+    # A smaller model filled by load_state_dict would tie its embeddings, and so destroy v1.1,
+    # LM-adapted and Flan weights without a word; a view cannot.
     partial = view(model)
     for side in ("encoder", "decoder") if decoder else ("encoder",):
         stack = view(getattr(model, side))
