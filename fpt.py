@@ -180,9 +180,8 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
 def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = True):
     """A T5 with a share `depth` of the layers and a share `width` of the FFN neurons of `model`.
 
-    A model of the same class (forward, loss, cache, `generate`) that shares every kept tensor with
-    `model`: only narrowed FFN matrices are new memory, and both can be used in turn. A view to
-    compute with: move, cast or save `model` instead.
+    Of the same class (forward, loss, cache, `generate`), it shares every kept tensor with `model`;
+    only narrowed FFN matrices are new memory. Both work in turn. Move, cast or save `model` alone.
 
     Args:
         depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
@@ -190,6 +189,8 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         decoder: False leaves it whole, as the paper does where targets are short labels.
     Raises ValueError for a share outside (0, 1], missing scores, or a `model` that is not a T5.
     """
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
     check_t5(model.config)
     if not (0 < depth <= 1 and 0 < width <= 1) or (width < 1 and scores is None):
         raise ValueError(f"depth {depth}, width {width}: must be in (0, 1]; width < 1 needs scores")
@@ -208,16 +209,16 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         block.layer = view(block.layer)
         block.layer[-1] = view(block.layer[-1])
         ffn = block.layer[-1].DenseReluDense = view(block.layer[-1].DenseReluDense)
-        for name in {"wi", "wi_0", "wi_1", "wo"} & set(ffn._modules):  # no biases in T5
-            weight = getattr(ffn, name).weight.detach()  # [d_ff, d]; wo: [d, d_ff]
-            weight = weight.index_select(int(name == "wo"), keep.sort().values.to(weight.device))
+        for name in {"wi", "wi_0", "wi_1", "wo"} & set(ffn._modules):  # T5 has no biases
+            weight = getattr(ffn, name).weight.detach().index_select(int(name == "wo"), keep.sort()[0])
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+            linear.weight = nn.Parameter(weight, requires_grad=False)  # [k, d]; wo: [d, k]
             setattr(ffn, name, linear)
         return block
 
-    # A smaller model filled by load_state_dict would tie its embeddings, and so destroy v1.1,
-    # LM-adapted and Flan weights without a word; a view cannot.
+    # transformers hooks the layers of each model that is asked for hidden states. Now, and once:
+    # a layer that models share would be hooked, and counted, for each of them.
+    maybe_install_capturing_hooks(model)
     partial = view(model)
     for side in ("encoder", "decoder") if decoder else ("encoder",):
         stack = view(getattr(model, side))
@@ -591,6 +592,8 @@ def folder_task(spec: dict) -> Task:
     if task.metric not in METRICS or task.metric.startswith("accuracy") != bool(labels):
         raise ValueError(f"metric {task.metric!r}: with labels it is accuracy, accuracy_f1 or "
                          "accuracy_macro_f1; without, em_f1 or rouge_l")
+    if task.metric == "accuracy_f1" and len(labels) != 2:
+        raise ValueError("accuracy_f1 is for two labels; use accuracy_macro_f1")
     if task.max_target < 1:
         raise ValueError("max_target must be at least 1")
     return task
@@ -616,6 +619,7 @@ def ask_hub(config: Config) -> None:
     The libraries retry for 24 to 48 s a file, even for files they have. They read HF_HUB_OFFLINE
     when they are imported, so this comes first.
     """
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -627,7 +631,7 @@ def ask_hub(config: Config) -> None:
         urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
         pass  # an error page is an answer too
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         os.environ["HF_HUB_OFFLINE"] = "1"
         print(f"{hub} does not answer: using the local cache alone")
 
@@ -715,7 +719,8 @@ def accuracy(predictions, examples, labels, f1=None) -> dict[str, float]:
         from sklearn.metrics import f1_score
 
         which = {"pos_label": labels[1]} if f1 == "binary" else {"labels": labels}
-        scores["f1"] = 100 * float(f1_score(gold, predictions, average=f1, **which))
+        scores["f1"] = 100 * float(f1_score(gold, predictions, average=f1, **which,
+                                            zero_division=0))  # a label that never occurs
     return scores
 
 
@@ -773,7 +778,8 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config:
         else:
             ids = model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False,
                                  num_beams=1, max_new_tokens=task.max_target)
-            texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts = [text.strip().removeprefix(task.prefix.strip()).strip() for text in texts]
         for i, text in zip(chosen, texts):
             predictions[i] = text
     return METRICS[task.metric](predictions, examples, task.labels), predictions
@@ -1008,8 +1014,9 @@ def summarise(results: list[dict]) -> None:
 def check(config: Config) -> None:
     """Refuse what is known to fail before anything is loaded; raises UserError."""
     for name, value in vars(config).items():
-        if isinstance(value, int) and value < (name != "limit"):
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        least = 0 if name == "limit" else 1
+        if isinstance(value, int) and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if not 0 < config.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {config.lr}")
     if config.precision not in ("fp32", "bf16"):
@@ -1035,7 +1042,7 @@ def pick_device(name: str):
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: not on this machine; use auto or cpu") from None
     return torch.device(name)

@@ -1,0 +1,1783 @@
+"""python -m pytest -q        every test of fpt.py and of its documents; offline, about a minute
+
+The tests assert values worked out by hand, or equality with something that fpt.py does not contain:
+stock transformers models, PEFT, PyTorch's FLOP counter, a brute-force loop. Sections follow fpt.py.
+"""
+
+import ast
+import builtins
+import copy
+import dataclasses
+import http.server
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import types
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so these two come first
+_EMPTY_CACHE = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = _EMPTY_CACHE.name  # nothing that this machine has cached can help a test
+os.environ["OMP_NUM_THREADS"] = "1"  # on matrices this small a second thread only slows the first
+
+import peft  # noqa: E402
+import pytest  # noqa: E402
+import tokenizers  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers.models.t5.modeling_t5 import T5Stack  # noqa: E402
+
+import fpt  # noqa: E402
+
+ROOT = Path(__file__).parent
+KINDS = ("v1.0", "v1.1", "mt5")  # ReLU and tied head; gated GELU and untied head; the same as mT5
+SIDES = ("encoder", "decoder")
+LAYERS, D, INNER, D_FF, VOCAB, P = 6, 16, 12, 32, 64, 3  # INNER: heads * d_kv, not d_model
+WORDS = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "yes", "no"] + [f"w{i:02}" for i in range(50)]
+YES_NO = fpt.Task("", ("yes", "no"))
+TEXT = fpt.Task("", metric="em_f1", decoder=True, max_target=6)
+
+# ====== Tiny models, a tokenizer and a task, made here ============================================
+
+
+def tiny(kind="v1.1", seed=0, **changes):
+    """A random T5 in eval mode. Half of it drops out if anything turns dropout on."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "d_model": D, "d_kv": 4, "num_heads": 3, "d_ff": D_FF,
+             "num_layers": LAYERS, "num_decoder_layers": LAYERS, "dropout_rate": 0.5,
+             "decoder_start_token_id": 0, **changes}
+    if kind == "v1.0":
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    else:
+        name = {"v1.1": "T5", "mt5": "MT5"}[kind]
+        model = getattr(transformers, name + "ForConditionalGeneration")(
+            getattr(transformers, name + "Config")(**sizes, feed_forward_proj="gated-gelu",
+                                                   tie_word_embeddings=False))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, D))  # transformers 5 ties it
+    return model.eval().requires_grad_(False)
+
+
+def smaller(model, kind, encoder, decoder):
+    """A stock model built small, with copies of these blocks of `model`."""
+    small = tiny(kind, seed=1, num_layers=len(encoder), num_decoder_layers=len(decoder))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        side, _, layer, rest = (name.split(".", 3) + [""] * 3)[:4]
+        keep = {"encoder": encoder, "decoder": decoder}.get(side, [])
+        if ".block." not in name:
+            state[name] = tensor
+        elif int(layer) in keep:
+            state[f"{side}.block.{keep.index(int(layer))}.{rest}"] = tensor
+    small.load_state_dict(state)  # strict: nothing is missing, nothing left over
+    small.config.num_layers = LAYERS  # transformers sizes the decoder's cache by it
+    return small
+
+
+def random_scores(seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return {side: [torch.rand(D_FF, generator=generator) for _ in range(LAYERS)] for side in SIDES}
+
+
+def inputs(seed=2):
+    """A padded batch: 3 sources of 7, 5 and 2 positions, 3 targets of 4, 2 and 3."""
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.tensor([7, 5, 2])
+    target = torch.tensor([4, 2, 3])
+    return {"inputs_embeds": torch.randn(3, 7, D, generator=generator),
+            "attention_mask": (torch.arange(7) < source[:, None]).long(),
+            "labels": torch.randint(3, VOCAB, (3, 4), generator=generator).masked_fill(
+                torch.arange(4) >= target[:, None], -100)}
+
+
+def logits(model):
+    return model(**inputs()).logits
+
+
+def generate(model, **how):
+    """Token ids of 8 forced steps: an early end of sequence would hide a broken cache."""
+    batch = inputs()
+    del batch["labels"]
+    return model.generate(**batch, do_sample=False, min_new_tokens=8, max_new_tokens=8, **how)
+
+
+def ffn(block):
+    return block.layer[-1].DenseReluDense
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A word is a token; <extra_id_0> is special, as in T5's own tokenizer."""
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(WORDS, range(99))), "<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    core.post_processor = tokenizers.processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<extra_id_0>"])
+
+
+def examples(count, seed=0):
+    """Sources of 1 to 9 words; whether the first word's number is even is the answer."""
+    draw = random.Random(seed)
+    rows = [[draw.randrange(50) for _ in range(draw.randint(1, 9))] for _ in range(count)]
+    return [fpt.Example(" ".join(f"w{i:02}" for i in row), target, (target,))
+            for row in rows for target in ["no" if row[0] % 2 else "yes"]]
+
+
+def config(**changes):
+    return fpt.Config(**{"steps": 20, "batch": 4, "prompt_length": P, "eval_every": 5,
+                         "score_examples": 8, "device": "cpu", "model": "tiny", **changes})
+
+
+def encoded(tokenizer, model, prompt, text):
+    """One source, alone and unpadded, behind its prompt: what a batch of one gives the model."""
+    ids = torch.tensor([tokenizer(text).input_ids])
+    return torch.cat([prompt[None], model.shared(ids)], dim=1)
+
+
+def write_task(folder, train=40, validation=12, **spec):
+    """A task folder."""
+    folder.mkdir(parents=True)
+    spec = {"labels": ["yes", "no"], "prefix": "<extra_id_0>", **spec}
+    (folder / "task.json").write_text(json.dumps(spec))
+    for name, rows in ("train", examples(train, 1)), ("validation", examples(validation, 2)):
+        lines = [json.dumps({"source": row.source, "target": row.target}) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def here(tmp_path_factory, tokenizer):
+    """Folders of a tiny v1.1 model and of a task, on which `main` runs."""
+    folder = tmp_path_factory.mktemp("here")
+    tiny("v1.1").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_task(folder / "task")
+    return folder
+
+
+def flags(here, out, *more):
+    """The flags of a small run; a later flag replaces an earlier one."""
+    settings = f"--steps 10 --batch 4 --eval-every 4 --prompt-length {P} --score-examples 8"
+    return ["--model", str(here / "model"), "--task", str(here / "task"), "--out", str(out),
+            "--device", "cpu", *settings.split(), *map(str, more)]
+
+
+def python(*arguments, cwd, **environment):
+    """A fresh interpreter. `cwd` is not the repository: nothing may depend on where one stands."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
+                          text=True, capture_output=True, timeout=150)
+
+
+def one_line(stderr):
+    """What follows "fpt.py: error: ", having checked that it is all there is."""
+    assert stderr.startswith("fpt.py: error: "), stderr
+    assert stderr.count("\n") == 1 and stderr.endswith("\n"), stderr
+    return stderr.removeprefix("fpt.py: error: ").strip()
+
+
+# ====== 1 Partial models ==========================================================================
+
+EVEN = {  # what the official rule gives
+    (24, 6): [0, 4, 8, 13, 18, 23],
+    (24, 12): [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 23],
+    (24, 18): [*range(12), 13, 15, 17, 19, 21, 23],
+    (12, 3): [0, 5, 11], (12, 6): [0, 2, 4, 6, 8, 11], (12, 9): [0, 1, 2, 3, 4, 5, 7, 9, 11],
+    (8, 2): [0, 7], (8, 4): [0, 2, 4, 7], (8, 6): [0, 1, 2, 3, 5, 7],
+    (5, 5): [0, 1, 2, 3, 4], (5, 1): [0], (1, 1): [0], (2, 2): [0, 1]}
+
+
+@pytest.mark.parametrize(("total", "keep"), EVEN)
+def test_kept_layers_by_the_official_table(total, keep):
+    assert fpt.kept_layers(total, keep) == EVEN[total, keep]
+
+
+def test_kept_layers_keep_the_ends_and_are_even_everywhere():
+    for total in range(2, 30):
+        for keep in range(2, total + 1):
+            layers = fpt.kept_layers(total, keep)
+            gaps = [b - a for a, b in zip(layers, layers[1:])]
+            assert len(layers) == keep and layers[0] == 0 and layers[-1] == total - 1
+            assert gaps == sorted(gaps) and gaps[-1] - gaps[0] <= 1 and gaps[0] >= 1
+
+
+@pytest.mark.parametrize(("total", "keep"), [(6, 0), (6, 7), (6, -1), (0, 0), (0, 1)])
+def test_kept_layers_refuse_what_cannot_be_kept(total, keep):
+    with pytest.raises(ValueError):
+        fpt.kept_layers(total, keep)
+
+
+@pytest.mark.parametrize(("depth", "kept"), [
+    (0.25, [0, 5]), (0.5, [0, 2, 5]), (0.75, [0, 1, 2, 3, 5]), (0.01, [0]), (0.24, [0]),
+    (1, [0, 1, 2, 3, 4, 5])])
+def test_depth_rounds_half_up_and_block_0_stays(depth, kept):  # of 6: 1.5, 3, 4.5, 0.06, 1.44, 6
+    model = tiny()
+    partial = fpt.partial_t5(model, depth, 1)
+    for side in SIDES:
+        full = getattr(model, side).block
+        assert [id(block) for block in getattr(partial, side).block] == [id(full[i]) for i in kept]
+        attention = getattr(partial, side).block[0].layer[0].SelfAttention
+        assert attention.has_relative_attention_bias and attention.relative_attention_bias
+
+
+@pytest.mark.parametrize(("width", "d_ff", "neurons"), [
+    (0.29, 50, 15), (0.25, 50, 13), (0.5, 50, 25), (0.001, 50, 1), (0.25, 30, 8), (0.75, 30, 23)])
+def test_width_rounds_half_up(width, d_ff, neurons):  # in floating point 0.29 * 50 is below 14.5
+    model = tiny(d_ff=d_ff, num_layers=1, num_decoder_layers=1)
+    partial = fpt.partial_t5(model, 1, width, {side: [torch.rand(d_ff)] for side in SIDES})
+    for side in SIDES:
+        narrow = ffn(getattr(partial, side).block[0])
+        assert narrow.wi_0.weight.shape == narrow.wi_1.weight.shape == (neurons, D)
+        assert narrow.wo.weight.shape == (D, neurons)
+        assert narrow.wo.in_features == narrow.wi_0.out_features == neurons
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_nothing_dropped_it_is_the_stock_model_bit_for_bit(kind):
+    model = tiny(kind)
+    partial = fpt.partial_t5(model, 1, 1)
+    assert type(partial) is type(model)
+    stock = smaller(model, kind, list(range(6)), list(range(6)))  # fpt.py never touched this one
+    assert torch.equal(logits(partial), logits(stock))
+    assert torch.equal(generate(partial), generate(stock))
+    assert all(a is b for a, b in zip(partial.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("depth", "decoder", "kept"), [
+    (0.5, True, [0, 2, 5]), (0.25, True, [0, 5]), (0.5, False, [*range(6)])])
+def test_dropped_layers_equal_a_real_smaller_model(kind, depth, decoder, kept):
+    model = tiny(kind)
+    partial = fpt.partial_t5(model, depth, 1, decoder=decoder)
+    stock = smaller(model, kind, [0, 2, 5] if depth == 0.5 else [0, 5], kept)
+    assert torch.equal(logits(partial), logits(stock))
+    assert not torch.allclose(logits(partial), logits(model), atol=0.1)
+    for how in {}, {"num_beams": 3}, {"use_cache": False}:
+        assert torch.equal(generate(partial, **how), generate(stock, **how))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sliced_ffn_equals_the_full_one_with_the_other_neurons_silenced(kind):
+    model, scores = tiny(kind), random_scores()
+    partial = fpt.partial_t5(model, 1, 0.3, scores)
+    silenced = copy.deepcopy(model)
+    for side in SIDES:
+        for block, score in zip(getattr(silenced, side).block, scores[side]):
+            top = score.argsort(descending=True)[:10]  # 0.3 of 32 is 9.6
+            loud = torch.zeros(D_FF).index_fill(0, top, 1)
+            ffn(block).wo.register_forward_pre_hook(lambda _, args, loud=loud: (args[0] * loud,))
+    torch.testing.assert_close(logits(partial), logits(silenced), rtol=0, atol=1e-5)
+    assert not torch.allclose(logits(partial), logits(model), atol=0.1)
+
+
+def test_the_kept_neurons_are_in_order_and_wider_sets_contain_narrower_ones():
+    model, scores = tiny("v1.0"), random_scores()
+    rows = {}
+    for width in 0.25, 0.5, 0.75:
+        kept = ffn(fpt.partial_t5(model, 1, width, scores).encoder.block[3]).wi.weight
+        full = ffn(model.encoder.block[3]).wi.weight
+        rows[width] = [int((full == row).all(1).nonzero()) for row in kept]
+        loudest = scores["encoder"][3].argsort(descending=True)[:int(width * D_FF)]
+        assert rows[width] == sorted(loudest.tolist())
+    assert set(rows[0.25]) < set(rows[0.5]) < set(rows[0.75])
+
+
+def test_neurons_that_are_alike_are_nested_too():  # of a ReLU T5 whole groups have a score of 0
+    model, kept = tiny("v1.0"), []
+    full = ffn(model.encoder.block[0]).wi.weight
+    for width in 0.25, 0.5, 0.75:
+        narrow = fpt.partial_t5(model, 1, width, {side: [torch.zeros(D_FF)] * 6 for side in SIDES})
+        rows = ffn(narrow.encoder.block[0]).wi.weight
+        kept.append({int((full == row).all(1).nonzero()) for row in rows})
+    assert kept[0] < kept[1] < kept[2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_tensors_are_shared_and_only_narrowed_ffns_are_new(kind):
+    model = tiny(kind)
+    own = {p.data_ptr() for p in model.parameters()}
+    for depth, width, decoder in (0.5, 1, True), (0.5, 0.25, True), (0.5, 0.25, False):
+        partial = fpt.partial_t5(model, depth, width, random_scores(), decoder)
+        new = {name: p for name, p in partial.named_parameters() if p.data_ptr() not in own}
+        assert all(re.search(r"\.DenseReluDense\.(wi|wi_0|wi_1|wo)\.weight$", n) for n in new)
+        layers = 0 if width == 1 else 3 + 3 * decoder
+        matrices = 2 if kind == "v1.0" else 3
+        assert sum(p.numel() for p in new.values()) == layers * matrices * 8 * D
+        assert not any(p.requires_grad for p in new.values())
+        assert (partial.decoder is model.decoder) is (not decoder)
+
+
+@pytest.mark.parametrize("kind", ["v1.1", "mt5"])
+def test_an_untied_head_stays_untied(kind):  # a smaller model built from a config would lose it
+    model = tiny(kind)
+    head, shared = model.lm_head.weight.clone(), model.shared.weight.clone()
+    partial = fpt.partial_t5(model, 0.5, 0.5, random_scores())
+    generate(partial)
+    assert partial.lm_head.weight is model.lm_head.weight is not model.shared.weight
+    assert partial.encoder.embed_tokens.weight is partial.get_input_embeddings().weight
+    assert torch.equal(partial.lm_head.weight, head) and torch.equal(partial.shared.weight, shared)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shrink_and_come_back_is_the_identity(kind):
+    model = tiny(kind)
+    modules = [(name, id(module)) for name, module in model.named_modules()]
+    state = {name: (t.data_ptr(), t.clone()) for name, t in model.state_dict().items()}
+    before, text, settings = logits(model), generate(model), model.config.to_dict()
+    for depth, width, decoder in (0.25, 0.25, True), (0.5, 1, True), (1, 0.5, False):
+        partial = fpt.partial_t5(model, depth, width, random_scores(), decoder)
+        batch = inputs()
+        batch["inputs_embeds"].requires_grad_()
+        partial(**batch).loss.backward()
+        generate(partial)
+        assert torch.equal(logits(model), before)  # both can be used in turn
+    assert [(name, id(module)) for name, module in model.named_modules()] == modules
+    after = model.state_dict()
+    assert list(after) == list(state) and model.config.to_dict() == settings
+    for name, (address, tensor) in state.items():
+        assert after[name].data_ptr() == address and torch.equal(after[name], tensor)
+    assert torch.equal(generate(model), text)
+    assert torch.equal(logits(fpt.partial_t5(model, 1, 1)), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_gradient_and_generation_of_a_compound_partial_model(kind):
+    model, scores = tiny(kind), random_scores()
+    partial = fpt.partial_t5(model, 0.5, 0.5, scores)
+    stock = smaller(model, kind, [0, 2, 5], [0, 2, 5])  # the same, narrowed in place by hand
+    for side in SIDES:
+        for block, layer in zip(getattr(stock, side).block, [0, 2, 5]):
+            keep = sorted(scores[side][layer].argsort(descending=True)[:16].tolist())
+            for name, linear in ffn(block).named_children():
+                if isinstance(linear, torch.nn.Linear):
+                    weight = linear.weight[:, keep] if name == "wo" else linear.weight[keep]
+                    linear.weight = torch.nn.Parameter(weight.contiguous(), requires_grad=False)
+    gradients = []
+    for net in partial, stock:
+        batch = inputs()
+        batch["inputs_embeds"].requires_grad_()
+        out = net(**batch)
+        torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), batch["labels"].flatten()))
+        out.loss.backward()
+        gradients.append(batch["inputs_embeds"].grad)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+    assert torch.equal(generate(partial), generate(partial, use_cache=False))
+    for how in {}, {"num_beams": 4}:
+        assert torch.equal(generate(partial, **how), generate(stock, **how))
+    assert not torch.equal(generate(partial), generate(model))
+
+
+def test_hidden_states_are_those_of_the_model_that_ran():
+    model = tiny()
+    partial = fpt.partial_t5(model, 0.5, 0.5, random_scores())
+    for net, layers in (model, 6), (partial, 3), (model, 6), (partial, 3):
+        out = net(**inputs(), output_hidden_states=True)
+        assert len(out.encoder_hidden_states) == len(out.decoder_hidden_states) == layers + 1
+
+
+def no_t5(kind):
+    sizes = {"vocab_size": 8, "d_model": 4, "decoder_start_token_id": 0}
+    if kind == "umt5":
+        return transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(
+            **sizes, d_ff=4, d_kv=2, num_heads=2, num_layers=2))
+    if kind == "bart":
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(
+            **sizes, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=4, decoder_ffn_dim=4,
+            encoder_attention_heads=2, decoder_attention_heads=2))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize("kind", ["umt5", "bart", "gpt2"])
+def test_models_that_are_no_t5_are_refused(kind):
+    with pytest.raises(ValueError, match=f"(?s){kind}.*T5"):
+        fpt.partial_t5(no_t5(kind), 0.5, 1)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(0, 1), (1, 0), (1.01, 1), (1, -0.5), (math.nan, 1)])
+def test_partial_t5_refuses_shares_outside_0_to_1(depth, width):
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        fpt.partial_t5(tiny(), depth, width, random_scores())
+
+
+def test_partial_t5_without_scores_cannot_narrow():
+    with pytest.raises(ValueError, match="needs scores"):
+        fpt.partial_t5(tiny(), 1, 0.5)
+
+
+def score_batches():
+    """Two padded batches, of 3 and of 2 examples: a mean of batch means would be wrong."""
+    generator = torch.Generator().manual_seed(3)
+    for sources, targets in ([6, 4, 1], [3, 1, 2]), ([2, 5], [4, 2]):
+        source, target = torch.tensor(sources)[:, None], torch.tensor(targets)[:, None]
+        mask, beyond = torch.arange(max(sources)) < source, torch.arange(max(targets)) >= target
+        ids, labels = (torch.randint(3, VOCAB, like.shape, generator=generator)
+                       for like in (mask, beyond))
+        yield {"input_ids": ids * mask, "attention_mask": mask.long(),
+               "labels": labels.masked_fill(beyond, -100)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neuron_scores_by_brute_force(kind):
+    """Each example alone, without padding, its FFN recomputed from the FFN's input."""
+    model, prompt = tiny(kind), torch.randn(P, D, generator=torch.Generator().manual_seed(4))
+    scores = fpt.neuron_scores(model, prompt, list(score_batches()))
+    inputs_of = {}
+    for side in SIDES:
+        for i, block in enumerate(getattr(model, side).block):
+            ffn(block).register_forward_pre_hook(
+                lambda _, args, key=(side, i): inputs_of.update({key: args[0][0]}))
+    expected, count = {}, 0
+    for batch in score_batches():
+        for ids, mask, labels in zip(*batch.values()):
+            embeds = torch.cat([prompt, model.shared(ids[mask == 1])])[None]
+            model(inputs_embeds=embeds, labels=labels[labels != -100][None])
+            count += 1
+            for (side, i), x in inputs_of.items():
+                net = ffn(getattr(model, side).block[i])
+                activation = (torch.relu(net.wi(x)) if kind == "v1.0" else torch.nn.functional.gelu(
+                    net.wi_0(x), approximate="tanh") * net.wi_1(x))  # [positions, d_ff]
+                expected[side, i] = expected.get((side, i), 0) + activation.abs().mean(0)
+    assert count == 5
+    assert {side: len(layers) for side, layers in scores.items()} == dict.fromkeys(SIDES, LAYERS)
+    for (side, i), total in expected.items():
+        assert scores[side][i].shape == (D_FF,) and scores[side][i].dtype == torch.float32
+        torch.testing.assert_close(scores[side][i], total / count, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_planted_loud_neuron_is_found_and_is_the_last_to_go(kind):
+    model, planted = tiny(kind), {}
+    for side in SIDES:
+        for i, block in enumerate(getattr(model, side).block):
+            planted[side, i] = (7 * i + (side == "decoder")) % D_FF
+            weight = (ffn(block).wi if kind == "v1.0" else ffn(block).wi_1).weight
+            weight[planted[side, i]] *= 1000
+    scores = fpt.neuron_scores(model, torch.randn(P, D), score_batches())
+    partial = fpt.partial_t5(model, 1, 1 / D_FF, scores)
+    for (side, i), neuron in planted.items():
+        assert scores[side][i].argmax() == neuron
+        kept = ffn(getattr(partial, side).block[i]).wo.weight
+        assert torch.equal(kept[:, 0], ffn(getattr(model, side).block[i]).wo.weight[:, neuron])
+
+
+def test_neuron_scores_leave_no_hook_and_no_graph_behind():
+    model = tiny()
+    scores = fpt.neuron_scores(model, torch.zeros(P, D, requires_grad=True), score_batches())
+    assert not any(t.requires_grad for side in SIDES for t in scores[side])
+    with pytest.raises(RuntimeError):  # a prompt of another width fails inside the forward pass
+        fpt.neuron_scores(model, torch.zeros(P, D + 1), score_batches())
+    assert not any(module._forward_pre_hooks or module._forward_hooks
+                   for side in SIDES for module in getattr(model, side).block.modules())
+
+
+# ====== 2 Schedule ================================================================================
+
+
+def test_the_presets_are_the_papers():
+    sizes, shares = (0.25, 0.5, 0.75, 1), (0.2, 0.2, 0.2, 0.4)
+    assert fpt.SCHEDULES == {
+        "pt": ((1, 1, 1),),
+        "ld": tuple((size, 1, share) for size, share in zip(sizes, shares)),
+        "fr": tuple((1, size, share) for size, share in zip(sizes, shares)),
+        "cr": tuple((size, size, share) for size, share in zip(sizes, shares))}
+    assert all(fpt.parse_schedule(name) == stages for name, stages in fpt.SCHEDULES.items())
+
+
+@pytest.mark.parametrize(("text", "stages"), [
+    ("0.5x0.25:0.3,1x1:0.7", ((0.5, 0.25, 0.3), (1, 1, 0.7))),
+    (" 0.5x.25:.3 , 1x1.0:0.7", ((0.5, 0.25, 0.3), (1, 1, 0.7))),
+    ("0.25x1:1", ((0.25, 1, 1),)),
+    ("1x1:0.1,1x1:0.2,1x1:0.7", ((1, 1, 0.1), (1, 1, 0.2), (1, 1, 0.7)))])  # 0.1+0.2+0.7 is not 1.0
+def test_schedules_as_text(text, stages):
+    assert fpt.parse_schedule(text) == stages
+    assert all(isinstance(stage, fpt.Stage) for stage in fpt.parse_schedule(text))
+
+
+BAD_SCHEDULES = {"": "''", "CR": "'CR'", "0.5x0.5": "0.5x0.5", "0.5:1": "0.5:1", "1x1:1,": "''",
+                 "axb:c": "axb:c", "1x1:1.2.3": "1.2.3", "-1x1:1": "-1x1:1",
+                 "0x1:1": r"\(0, 1\]", "1x1.5:1": r"\(0, 1\]", "1x1:0,1x1:1": r"\(0, 1\]",
+                 "0.5x0.5:0.3,1x1:0.6": "0.9, not 1", "0.5x0.5:0.6,1x1:0.6": "1.2, not 1"}
+
+
+@pytest.mark.parametrize("text", BAD_SCHEDULES)
+def test_schedules_that_cannot_be(text):
+    with pytest.raises(ValueError, match=BAD_SCHEDULES[text]):
+        fpt.parse_schedule(text)
+
+
+def test_growth_follows_the_boundary_update():
+    stages = fpt.SCHEDULES["cr"]
+    ends = {1: 0, 6000: 0, 6001: 1, 12000: 1, 12001: 2, 18000: 2, 18001: 3, 30000: 3}
+    assert {step: fpt.stage_at(stages, step, 30_000) for step in ends} == ends
+
+    def whole_run(stages, steps):
+        return [fpt.stage_at(stages, step, steps) for step in range(1, steps + 1)]
+
+    assert whole_run(stages, 5) == [0, 1, 2, 3, 3]
+    assert whole_run(stages, 20) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 8
+    assert whole_run(stages, 1) == [2]  # 0.2 and 0.4 of an update round to 0, and 0.6 to 1
+    assert whole_run(fpt.SCHEDULES["pt"], 7) == [0] * 7
+    halves = fpt.parse_schedule("1x1:0.15,1x1:0.35,1x1:0.5")  # of 10: 1.5 rounds up to 2, then 5
+    assert whole_run(halves, 10) == [0] * 2 + [1] * 3 + [2] * 5
+
+
+@pytest.mark.parametrize("step", [0, -1, 101])
+def test_stage_at_refuses_updates_outside_the_run(step):
+    with pytest.raises(ValueError):
+        fpt.stage_at(fpt.SCHEDULES["cr"], step, 100)
+
+
+# ====== 3 Cost ====================================================================================
+
+
+@pytest.mark.parametrize(("kind", "depth", "width", "decoder"), [
+    ("v1.0", 1, 1, True), ("v1.0", 0.5, 0.25, True), ("v1.0", 0.25, 1, True), ("v1.1", 1, 1, True),
+    ("v1.1", 0.5, 0.25, True), ("v1.1", 0.5, 0.25, False), ("v1.1", 1, 0.5, False),
+    ("mt5", 0.5, 0.5, True)])
+def test_step_flops_equal_the_counter(kind, depth, width, decoder):
+    model = tiny(kind)
+    model.set_attn_implementation("eager")  # of others the counter misses the attention products
+    partial = fpt.partial_t5(model, depth, width, random_scores(), decoder)
+    batch, source, target = 2, 11, 3
+    embeds = torch.randn(batch, source, D, requires_grad=True)
+    labels = torch.randint(3, VOCAB, (batch, target))
+    with FlopCounterMode(display=False) as counter:
+        loss = partial(inputs_embeds=embeds, labels=labels, use_cache=False).loss
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert fpt.step_flops(partial, batch, source, target, backward=False) == forward
+    assert fpt.step_flops(partial, batch, source, target) == forward + counter.get_total_flops()
+
+
+def test_step_flops_by_hand():
+    """One layer a side, v1.0, B=2, source 5, target 3; d 16, heads*d_kv 12, d_ff 32, V 64."""
+    model = tiny("v1.0", num_layers=1, num_decoder_layers=1)
+    s, t = 2 * 2 * 5, 2 * 2 * 3  # two FLOPs, for each position of each example
+    projection, feed_forward, head = 16 * 12, 2 * 16 * 32, t * 16 * 64
+    own, cross, self_ = 4 * 2 * 5 * 5 * 12, 4 * 2 * 3 * 5 * 12, 4 * 2 * 3 * 3 * 12  # Q K^T and A V
+    encoder = s * (4 * projection + feed_forward)
+    reached = s * 2 * projection + t * (projection + feed_forward)  # cross k, v; cross o, FFN
+    forward = encoder + own + t * 5 * projection + self_ + cross + reached + head
+    # Backward: dX of linears, two products for each of attention's two; in decoder block 0 nothing
+    # before cross-attention depends on the prompt, nor do its queries (a quarter of its products).
+    backward = encoder + 2 * own + reached + 2 * cross - cross // 2 + head
+    assert (forward, backward) == (86_624, 77_360)
+    assert fpt.step_flops(model, 2, 5, 3, backward=False) == forward
+    assert fpt.step_flops(model, 2, 5, 3) == forward + backward
+
+
+def test_the_papers_flops_of_t5_large():
+    """Tables 1 and 2 count the linear layers of a forward pass over 512 source positions.
+
+    Compared: `step_flops` of the forward pass less the attention products by hand, as a share of
+    the full model's, averaged over the five tasks with the target lengths of its tasks; MNLI and
+    QQP (length 5) keep the decoder whole. Table 2 is 20/20/20/40 % of the rows of Table 1.
+    """
+    sizes = {"vocab_size": 32128, "d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24,
+             "num_heads": 16}
+    with torch.device("meta"):  # shapes alone: 0.8 billion parameters would not fit a test
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, feed_forward_proj="gated-gelu"))
+    scores = {side: [torch.arange(2816)] * 24 for side in SIDES}
+
+    def linears(partial, target):
+        encoder, decoder = len(partial.encoder.block), len(partial.decoder.block)
+        products = 4 * 1024 * (encoder * 512 * 512 + decoder * target * (target + 512))
+        return fpt.step_flops(partial, 1, 512, target, backward=False) - products
+
+    def percent(depth, width):
+        """Of the full model, for the five tasks: the mean of the ratios."""
+        partials = [fpt.partial_t5(model, depth, width, scores, both) for both in (False, True)]
+        ratios = [linears(partials[target > 5], target) / linears(model, target)
+                  for target in (5, 5, 200, 200, 512)]
+        return 100 * sum(ratios) / len(ratios)
+
+    table1 = {name: [percent(*stage[:2]) for stage in fpt.SCHEDULES[name]]
+              for name in ("ld", "fr", "cr")}
+    assert round(linears(model, 10) / 2e9, 1) == 187.5  # GMAC
+    table2 = {name: round(0.2 * sum(costs[:3]) + 0.4 * costs[3]) for name, costs in table1.items()}
+    assert table2 == {"ld": 72, "fr": 83, "cr": 65}
+    printed = {"ld": (30, 54, 77, 100), "fr": (58, 72, 86, 100), "cr": (20, 40, 66, 100)}
+    for name, costs in table1.items():  # within a point: the paper's target lengths are not printed
+        assert costs == pytest.approx(printed[name], abs=1)
+
+
+# ====== 4 Soft prompt =============================================================================
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_prompt_goes_in_front(dtype):
+    start = torch.randn(P, D).to(dtype)
+    soft = fpt.SoftPrompt(start)
+    assert [(n, p.dtype, tuple(p.shape)) for n, p in soft.named_parameters()] == [
+        ("weight", torch.float32, (P, D))]
+    batch = inputs()
+    embeds, mask = batch["inputs_embeds"].to(dtype), batch["attention_mask"]
+    out, longer = soft(embeds, mask)
+    assert out.dtype == dtype and out.shape == (3, P + 7, D)
+    assert all(torch.equal(row[:P], start) for row in out) and torch.equal(out[:, P:], embeds)
+    assert longer[:, :P].eq(1).all() and torch.equal(longer[:, P:], mask)
+    out.float().sum().backward()
+    assert torch.equal(soft.weight.grad, torch.full((P, D), 3.0))
+    with torch.no_grad():
+        soft.weight += 1
+    assert not torch.equal(start.float(), soft.weight)  # a copy: the source of a prompt is safe
+
+
+def rows_of(prompt, embeddings):
+    return [int((embeddings == row).all(1).nonzero()) for row in prompt]
+
+
+def test_initial_prompts():
+    embeddings = torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(8))
+
+    def draw(how, length, seed=0, *more):
+        return fpt.init_prompt(how, length, embeddings, torch.Generator().manual_seed(seed), *more)
+
+    uniform = draw("uniform", 500)
+    assert uniform.shape == (500, D) and uniform.abs().max() <= 0.25  # 1 / sqrt(16)
+    assert uniform.max() > 0.24 and uniform.min() < -0.24 and abs(uniform.mean()) < 0.01
+    vocab = rows_of(draw("vocab", 17, 0, (), 20), embeddings)
+    assert sorted(vocab) == list(range(3, 20))  # every common one once, no special token
+    labels = rows_of(draw("labels", 6, 0, (9, 40, 9), 20), embeddings)
+    assert labels[:2] == [9, 40] and len(set(labels)) == 6 and set(labels[2:]) <= set(range(3, 20))
+    assert rows_of(draw("labels", 1, 0, (9, 40)), embeddings) == [9]
+    for how in "uniform", "vocab", "labels":
+        state = torch.get_rng_state()
+        assert torch.equal(draw(how, 5), draw(how, 5))
+        assert not torch.equal(draw(how, 5), draw(how, 5, 1))
+        assert torch.equal(torch.get_rng_state(), state)  # its own generator, not the global one
+    assert draw("vocab", 2).dtype == torch.float32
+    with pytest.raises(ValueError, match="61"):
+        draw("vocab", VOCAB)
+    with pytest.raises(ValueError, match="'zeros'"):
+        draw("zeros", 3)
+
+
+def test_a_prompt_survives_saving(tmp_path):
+    prompt = torch.randn(P, D) * 30
+    fpt.save_prompt(tmp_path / "new" / "folder", prompt, "t5-base")
+    assert torch.equal(fpt.load_prompt(tmp_path / "new" / "folder"), prompt)
+    fpt.save_prompt(tmp_path / "new" / "folder", prompt + 1, "t5-base")  # over the old one
+    assert torch.equal(fpt.load_prompt(tmp_path / "new" / "folder"), prompt + 1)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors"]
+    fpt.save_prompt(tmp_path / "bf16", prompt.bfloat16(), "t5-base")
+    assert fpt.load_prompt(tmp_path / "bf16").dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_the_prompt_and_computes_the_same(kind, tmp_path):
+    model, prompt, batch = tiny(kind), torch.randn(P, D), inputs()
+    fpt.save_prompt(tmp_path, prompt, "any")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
+    ids = torch.randint(3, VOCAB, (3, 7)) * batch["attention_mask"]  # a padded batch
+    embeds, mask = fpt.SoftPrompt(prompt)(model.shared(ids), batch["attention_mask"])
+    ours = model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"])
+    out = theirs(input_ids=ids, attention_mask=batch["attention_mask"], labels=batch["labels"])
+    assert torch.equal(out.logits, ours.logits) and torch.equal(out.loss, ours.loss)
+    bare = model(input_ids=ids, attention_mask=batch["attention_mask"], labels=batch["labels"])
+    assert not torch.allclose(bare.logits, ours.logits, atol=0.01)  # the prompt was not ignored
+    greedy = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+    assert torch.equal(
+        theirs.generate(input_ids=ids, attention_mask=batch["attention_mask"], **greedy),
+        model.generate(inputs_embeds=embeds, attention_mask=mask, **greedy))
+
+
+def test_a_prompt_saved_by_peft_loads_without_its_decoder_half(tmp_path):
+    settings = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(tiny(), settings)
+    whole = theirs.prompt_encoder["default"].embedding.weight
+    theirs.save_pretrained(tmp_path)
+    assert settings.num_transformer_submodules == 2 and whole.shape == (8, D)  # its default for T5
+    assert torch.equal(fpt.load_prompt(tmp_path), whole[:4])
+
+
+def test_load_prompt_refuses_what_is_no_prompt(tmp_path):
+    def refused(match):
+        with pytest.raises(ValueError, match=match):
+            fpt.load_prompt(tmp_path)
+
+    refused(re.escape(str(tmp_path)))  # an empty folder
+    fpt.save_prompt(tmp_path, torch.full((P, D), math.nan), "x")
+    refused("NaN")
+    fpt.save_prompt(tmp_path, torch.zeros(P, D), "x")
+    path = tmp_path / "adapter_config.json"
+    good = json.loads(path.read_text())
+    for change in {"peft_type": "LORA"}, {"num_virtual_tokens": P + 1}, {"num_virtual_tokens": 0}:
+        path.write_text(json.dumps({**good, **change}))
+        refused("no prompt")
+    path.write_text(json.dumps(good))
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-40])
+    refused("no prompt")
+
+
+# ====== 5 Tasks and data ==========================================================================
+
+# A row of each data set with its columns on the hub, and the example that it must become.
+ROWS = {
+    "rte": (("nyu-mll/glue", "rte"), {"sentence1": "A", "sentence2": "B", "idx": 7, "label": 1},
+            "sentence1: A sentence2: B", "not_entailment"),
+    "mnli": (("nyu-mll/glue", "mnli"), {"premise": "A", "hypothesis": "B", "idx": 7, "label": 2},
+             "hypothesis: B premise: A", "contradiction"),
+    "qqp": (("nyu-mll/glue", "qqp"), {"question1": "A", "question2": "B", "idx": 7, "label": 1},
+            "question1: A question2: B", "is_duplicate"),
+    "sst2": (("nyu-mll/glue", "sst2"), {"sentence": "A {B}", "idx": 7, "label": 1},
+             "sentence: A {B}", "positive"),
+    "mrpc": (("nyu-mll/glue", "mrpc"), {"sentence1": "A", "sentence2": "B", "idx": 7, "label": 0},
+             "sentence1: A sentence2: B", "not_equivalent"),
+    "boolq": (("aps/super_glue", "boolq"), {"question": "A", "passage": "B", "idx": 7, "label": 1},
+              "question: A passage: B", "True"),
+    "cb": (("aps/super_glue", "cb"), {"premise": "A", "hypothesis": "B", "idx": 7, "label": 2},
+           "hypothesis: B premise: A", "neutral"),
+    "copa": (("aps/super_glue", "copa"), {"premise": "A", "choice1": "B", "choice2": "C",
+             "question": "cause", "idx": 7, "label": 0},
+             "choice1: B choice2: C premise: A question: cause", "choice1"),
+    "wic": (("aps/super_glue", "wic"), {"word": "W", "sentence1": "A", "sentence2": "B",
+            "start1": 0, "start2": 1, "end1": 2, "end2": 3, "idx": 7, "label": 0},
+            "word: W sentence1: A sentence2: B", "False"),
+    "squad2": (("rajpurkar/squad_v2", "squad_v2"), {"id": "x", "title": "T", "context": "C",
+               "question": "Q", "answers": {"text": ["a b", "a", "a b"], "answer_start": [1] * 3}},
+               "question: Q context: C", "a b"),
+    "record": (("aps/super_glue", "record"), {
+               "passage": "One.\n@highlight\nTwo.\n@highlight\nThree.", "query": "by @placeholder",
+               "entities": ["E", "F G"], "answers": ["F G", "F G", "E"], "entity_spans":
+               {"text": [], "start": [], "end": []}, "idx": {"passage": 1, "query": 2}},
+               "query: by @placeholder entities: E, F G passage: One. Two. Three.", "F G"),
+    "xsum": (("EdinburghNLP/xsum", "default"), {"document": "D\nE", "summary": "S", "id": "1"},
+             "D\nE", "S")}
+
+
+def test_the_task_table_is_complete():
+    assert set(fpt.TASKS) == set(ROWS)
+    for name, task in fpt.TASKS.items():
+        assert task.hub == ROWS[name][0] and task.metric in fpt.METRICS
+        assert len(set(task.labels)) == len(task.labels) != 1 and all(task.labels)
+        assert task.decoder is (name in ("squad2", "record", "xsum")) is (not task.labels)
+        assert task.validation == ("validation_matched" if name == "mnli" else "validation")
+    assert {name for name, task in fpt.TASKS.items() if "f1" in task.metric} == {
+        "qqp", "mrpc", "cb", "squad2", "record"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_templates_and_labels_of_the_task_table(name):
+    task, (_, row, source, target) = fpt.TASKS[name], ROWS[name]
+    rows = fpt.hub_examples(task, row)
+    assert (rows[0].source, rows[0].target) == (source, target)
+    assert target in rows[0].answers
+    if task.labels:  # every label round-trips: number -> text -> number
+        for number, label in enumerate(task.labels):
+            [example] = fpt.hub_examples(task, {**row, "label": number})
+            assert example.target == label and example.answers == (label,)
+            assert task.labels.index(example.target) == number
+        with pytest.raises(fpt.UserError, match="-1"):  # an unlabelled split; not "the last label"
+            fpt.hub_examples(task, {**row, "label": -1})
+        with pytest.raises(fpt.UserError):
+            fpt.hub_examples(task, {**row, "label": len(task.labels)})
+    assert len(rows) == (2 if name == "record" else 1)
+
+
+def test_answers_of_the_text_tasks():
+    squad, record = (fpt.hub_examples(fpt.TASKS[name], ROWS[name][1])
+                     for name in ("squad2", "record"))
+    assert [(e.target, e.answers) for e in squad] == [("a b", ("a b", "a"))]
+    # ReCoRD trains on each distinct answer, and each of them counts as right.
+    assert [(e.target, e.answers) for e in record] == [("F G", ("F G", "E")), ("E", ("F G", "E"))]
+    unanswerable = {**ROWS["squad2"][1], "answers": {"text": [], "answer_start": []}}
+    [example] = fpt.hub_examples(fpt.TASKS["squad2"], unanswerable)
+    assert example.target == "no answer" and example.answers == ("no answer",)
+
+
+def fake_hub(monkeypatch, splits, script=False):
+    """`datasets.load_dataset` as the hub would answer it; -> the calls that it gets."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(*name, **how):
+        calls.append((name, how))
+        if script and not how:
+            raise RuntimeError("Dataset scripts are no longer supported, but found xsum.py")
+        return splits
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["mnli", "record", "xsum"])
+def test_hub_data_sets_become_train_dev_and_validation(name, monkeypatch):
+    hub, row, source, target = ROWS[name]
+    splits = {"train": [row] * 20, fpt.TASKS[name].validation: [row] * 4,
+              "test": [{**row, "label": -1}]}
+    calls = fake_hub(monkeypatch, splits, script=name == "xsum")
+    data = fpt.load_data(name, dev=3, limit=2)
+    assert len(data.validation) == 2 and len(data.dev) == 3
+    assert len(data.train) == (37 if name == "record" else 17)  # two distinct answers a row
+    assert {(e.source, e.target) for e in data.validation} == {(source, target)}
+    retried = [(hub, {"revision": "refs/convert/parquet"})] if name == "xsum" else []
+    assert calls == [(hub, {}), *retried]
+
+
+def test_a_hub_data_set_without_the_split_is_refused(monkeypatch):
+    row = ROWS["mnli"][1]
+    fake_hub(monkeypatch, {"train": [row] * 20, "validation": [row]})
+    with pytest.raises(fpt.UserError, match="validation_matched"):
+        fpt.load_data("mnli", 5)
+
+
+def test_the_dev_part_is_carved_from_train_and_is_the_same_for_every_seed(tmp_path):
+    folder = write_task(tmp_path / "task", train=40)
+    rows = examples(40, 1)
+    splits = []
+    for seed in 0, 1:
+        torch.manual_seed(seed)  # the program's seeds never come near, nor may the global one
+        splits.append(fpt.load_data(str(folder), dev=6))
+    assert splits[0] == splits[1]
+    data = splits[0]
+    assert len(data.dev) == 6 and sorted(data.dev + data.train) == sorted(rows)
+    assert data.dev != rows[:6] and data.dev != rows[-6:]  # a random part, not an end of the file
+    assert data.validation == examples(12, 2)
+    assert fpt.load_data(str(folder), 6, limit=5).validation == examples(12, 2)[:5]
+    assert len(fpt.load_data(str(folder), dev=500).dev) == 8  # a fifth at most
+
+
+def test_a_text_task_folder(tmp_path):
+    spec = {"metric": "rouge_l", "decoder": False, "max_target": 7, "prefix": "w01"}
+    folder = write_task(tmp_path / "task", labels=[], **spec)
+    line = json.dumps({"source": "s", "target": ["one", "two"]}) + "\n\n"  # blank lines are skipped
+    (folder / "validation.jsonl").write_text(line)
+    data = fpt.load_data(str(folder), 5)
+    assert data.validation == [fpt.Example("s", "one", ("one", "two"))]
+    assert data.task.labels == () and {key: getattr(data.task, key) for key in spec} == spec
+    (folder / "task.json").write_text("{}")
+    task = fpt.load_data(str(folder), 5).task
+    assert (task.labels, task.metric, task.decoder, task.prefix) == ((), "em_f1", True, "")
+
+
+def test_collate_pads_truncates_and_masks(tokenizer):
+    rows = [fpt.Example("w01 w02 w03 w04", "yes", ("yes",)),
+            fpt.Example("w05", "no w06", ("no w06",))]
+    word = {word: i for i, word in enumerate(WORDS)}
+    batch = fpt.collate(tokenizer, rows, TEXT, config(max_source=4), "cpu")
+    assert batch["input_ids"].tolist() == [  # 1 ends a sequence, 0 pads it
+        [word["w01"], word["w02"], word["w03"], 1], [word["w05"], 1, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[3, word["yes"], 1, -100], [3, word["no"], word["w06"], 1]]
+    batch = fpt.collate(tokenizer, rows, TEXT._replace(max_target=2, prefix=""), config(), "cpu")
+    assert batch["labels"].tolist() == [[word["yes"], 1], [word["no"], 1]]
+
+
+def test_label_ids_round_trip_and_are_distinct(tokenizer):
+    task = fpt.Task("", ("yes", "no", "no yes"))
+    ids = fpt.label_ids(tokenizer, task)
+    assert [tokenizer.decode(label, skip_special_tokens=True) for label in ids] == list(task.labels)
+    rows = [fpt.Example("w01", label, (label,)) for label in task.labels]
+    learned = fpt.collate(tokenizer, rows, task, config(), "cpu")["labels"].tolist()
+    assert [[i for i in row if i != -100] for row in learned] == ids  # nothing else is scored
+    with pytest.raises(fpt.UserError, match="'maybe' and 'perhaps'"):  # both <unk>
+        fpt.label_ids(tokenizer, fpt.Task("", ("yes", "maybe", "no", "perhaps")))
+
+
+def take(count, *arguments, **how):
+    return [batch for batch, _ in zip(fpt.batches(*arguments, **how), range(count))]
+
+
+def test_batches_are_a_pure_function_of_seed_and_update():
+    rows = examples(37)
+    whole = take(60, rows, 3, 4, pool=7)
+    assert all(len(batch) == 4 for batch in whole)
+    torch.manual_seed(99)
+    for start in (1, 2, 7, 8, 23, 50):  # inside a pool, at its ends, in a later pass
+        assert take(10, rows, 3, 4, start=start, pool=7) == whole[start - 1:start + 9]
+    assert take(60, rows, 4, 4, pool=7) != whole
+    assert take(5, rows, 0, 4) == take(70, rows, 0, 4)[:5] == take(5, rows, 0, 4, start=1)
+
+
+@pytest.mark.parametrize(("count", "size", "pool", "updates"), [
+    (40, 4, 5, 10), (40, 4, 5, 30), (12, 4, 6, 6), (6, 4, 3, 3), (3, 4, 3, 3), (35, 4, 5, 35)])
+def test_batches_use_every_example_once_per_pass(count, size, pool, updates):
+    rows = [fpt.Example(f"w{i:02}", "yes", ("yes",)) for i in range(count)]
+    used = [row for batch in take(updates, rows, 0, size, pool=pool) for row in batch]
+    assert len(used) % count == 0 and all(used.count(row) == len(used) // count for row in rows)
+
+
+def test_every_pass_has_an_order_of_its_own():
+    rows = [fpt.Example(f"w{i:02}", "yes", ("yes",)) for i in range(40)]  # of one length
+    passes = [take(10, rows, 0, 4, start=start, pool=10) for start in (1, 11, 21)]
+    mixes = [{frozenset(row.source for row in batch) for batch in batches} for batches in passes]
+    assert not mixes[0] & mixes[1] and not mixes[1] & mixes[2]  # other neighbours each time
+
+
+def test_batches_reduce_padding_and_mix():
+    rows = examples(400)
+
+    def padding(batches):
+        lengths = [[len(row.source) for row in batch] for batch in batches]
+        return sum(len(batch) * max(batch) - sum(batch) for batch in lengths)
+
+    sorted_pools = take(100, rows, 0, 4)
+    plain = take(100, rows, 0, 4, pool=1)  # pools of one batch: nothing to sort by
+    assert padding(sorted_pools) < 0.2 * padding(plain)
+    longest = [max(len(row.source) for row in batch) for batch in sorted_pools[:50]]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    answer = b"HTTP/1.0 404 Not Found\r\n\r\n"
+
+    def do_HEAD(self):
+        self.wfile.write(self.answer)
+
+
+class NoHub(Server):
+    answer = b"220 mail.example.org ESMTP\r\n"
+
+
+@pytest.mark.parametrize(("handler", "answers"), [(Server, True), (None, False), (NoHub, False)])
+def test_the_hub_is_asked_once_and_not_waited_for(handler, answers, monkeypatch, here, capsys):
+    server = http.server.HTTPServer(("127.0.0.1", 0), handler)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delitem(sys.modules, "huggingface_hub")
+    if handler:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+    else:
+        server.server_close()  # now the port is closed
+    fpt.ask_hub(config(model=str(here / "model"), task=str(here / "task")))
+    assert "HF_HUB_OFFLINE" not in os.environ  # all is local: nothing to ask
+    fpt.ask_hub(config(model=str(here / "model"), task="rte"))
+    assert os.environ.get("HF_HUB_OFFLINE") == (None if answers else "1")
+    out, err = capsys.readouterr()
+    assert ("does not answer" in out) is not answers and not err
+    server.server_close()
+
+
+def test_load_model_freezes_turns_dropout_off_and_casts(here):
+    for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
+        model, tokenizer = fpt.load_model(str(here / "model"), torch.device("cpu"), precision)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(model.lm_head.weight, tiny().lm_head.weight.to(dtype))  # still untied
+        assert len(tokenizer) == len(WORDS)
+
+
+# ====== 6 Evaluate ================================================================================
+
+
+def answered(*pairs):
+    """(prediction, answers) -> the arguments of a metric."""
+    rows = [fpt.Example("s", answers[0], answers) for _, answers in pairs]
+    return [text for text, _ in pairs], rows
+
+
+def test_accuracy_and_f1_by_hand():
+    predictions, rows = answered(("a", ("a",)), ("b", ("a",)), ("a", ("a",)), ("b", ("b",)))
+    assert fpt.METRICS["accuracy"](predictions, rows, ("a", "b")) == {"accuracy": 75}
+    binary = fpt.METRICS["accuracy_f1"](predictions, rows, ("a", "b"))  # of label 1: P 1/2, R 1
+    assert binary == {"accuracy": 75, "f1": pytest.approx(100 * 2 / 3)}
+    macro = fpt.METRICS["accuracy_macro_f1"](predictions, rows, ("a", "b", "c"))  # of a: P 1, R 2/3
+    assert macro == {"accuracy": 75, "f1": pytest.approx(100 * (0.8 + 2 / 3 + 0) / 3)}
+    assert fpt.METRICS["accuracy_f1"](["a"], rows[:1], ("a", "b")) == {"accuracy": 100, "f1": 0}
+
+
+SQUAD = [  # prediction, answers, exact match, token F1
+    ("The cat!", ("cat",), 1, 1),  # articles, case and punctuation do not count
+    ("black cat", ("a cat", "dog"), 0, 2 / 3), ("dog", ("a cat", "dog"), 1, 1),
+    ("a b c d", ("c d e",), 0, 4 / 6), ("", ("cat",), 0, 0),  # "a" is an article
+    ("no answer", ("no answer",), 1, 1), ("answer", ("no answer",), 0, 0),
+    ("no answer", ("answer",), 0, 0)]
+
+
+@pytest.mark.parametrize("case", SQUAD)
+def test_exact_match_and_token_f1_by_hand(case):
+    prediction, answers, em, f1 = case
+    scores = fpt.METRICS["em_f1"](*answered((prediction, answers)), ())
+    assert scores == {"em": pytest.approx(100 * em), "f1": pytest.approx(100 * f1)}
+
+
+def test_exact_match_and_token_f1_are_means():
+    scores = fpt.METRICS["em_f1"](*answered(*(case[:2] for case in SQUAD)), ())
+    assert scores["em"] == pytest.approx(100 * 3 / 8)
+    assert scores["f1"] == pytest.approx(100 * (1 + 2 / 3 + 1 + 2 / 3 + 1) / 8)
+
+
+def test_rouge_l_by_hand():
+    def rouge(*pairs):
+        return fpt.METRICS["rouge_l"](*answered(*pairs), ())["rouge_l"]
+
+    assert rouge(("w x y z", ("w y z v",))) == pytest.approx(75)  # w y z: P 3/4, R 3/4
+    assert rouge(("w x", ("w x y z",))) == pytest.approx(100 * 2 / 3)  # P 1, R 1/2
+    assert rouge(("w x", ("y z", "w x"))) == pytest.approx(100)  # the best of the answers
+    assert rouge(("cats", ("cat",))) == 0  # no stemming
+    assert rouge(("", ("cat",))) == 0
+    assert rouge(("w x", ("w x",)), ("cat", ("dog",))) == pytest.approx(50)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    """A model and a prompt whose untrained predictions vary with the source."""
+    return tiny(), fpt.SoftPrompt(torch.randn(P, D, generator=torch.Generator().manual_seed(1)))
+
+
+def test_rank_classification_equals_separate_full_forwards(judge, tokenizer):
+    model, prompt = judge
+    task = fpt.Task("", ("yes", "no", "w07 w08"))  # of different lengths: a sum, not a mean
+    rows = [example._replace(target="yes") for example in examples(12, 5)]
+    likelihoods = []
+    for row in rows:
+        embeds = encoded(tokenizer, model, prompt.weight.detach(), row.source)
+        losses = [model(inputs_embeds=embeds, labels=torch.tensor([ids])).loss * len(ids)
+                  for ids in fpt.label_ids(tokenizer, task)]
+        likelihoods.append(-torch.stack(losses))
+    expected = [task.labels[i] for i in torch.stack(likelihoods).argmax(1).tolist()]
+    assert len(set(expected)) > 1  # the test would prove little otherwise
+    scores, predictions = fpt.evaluate(model, prompt, tokenizer, task, rows, config(batch=5))
+    assert predictions == expected
+    assert scores == {"accuracy": pytest.approx(100 * expected.count("yes") / 12)}
+    batch = fpt.collate(tokenizer, rows, task, config(), "cpu")
+    embeds, mask = prompt(model.shared(batch["input_ids"]), batch["attention_mask"])
+    with torch.no_grad():
+        ours = fpt.label_likelihood(model, embeds, mask, fpt.label_ids(tokenizer, task))
+    torch.testing.assert_close(ours, torch.stack(likelihoods), rtol=1e-4, atol=1e-4)
+
+
+def test_text_is_generated_greedily_from_prompt_and_source(judge, tokenizer):
+    model, prompt = judge
+    rows, expected = examples(7, 6), []
+    for row in rows:
+        embeds = encoded(tokenizer, model, prompt.weight.detach(), row.source)
+        ids = model.generate(inputs_embeds=embeds, max_new_tokens=TEXT.max_target, do_sample=False)
+        expected.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+    assert len(set(expected)) > 1 and max(len(text.split()) for text in expected) > 1
+    _, predictions = fpt.evaluate(model, prompt, tokenizer, TEXT, rows, config(batch=3))
+    assert predictions == expected  # in the order of the rows, though batches are sorted by length
+
+
+@pytest.mark.parametrize("task", [YES_NO, TEXT])
+def test_two_splits_have_two_scores_whatever_the_batch_size(judge, tokenizer, task):
+    rows = examples(6, 7)
+    _, predictions = fpt.evaluate(*judge, tokenizer, task, rows, config())
+    right = [row._replace(target=text, answers=(text,)) for row, text in zip(rows, predictions)]
+    wrong = [row._replace(target="w00", answers=("w00",)) for row in rows[:2]]
+    for size in 1, 5:
+        for split, score in (right, 100), (wrong, 0), (right + wrong, 75), (wrong + right, 75):
+            scores, _ = fpt.evaluate(*judge, tokenizer, task, split, config(batch=size))
+            assert next(iter(scores.values())) == score
+
+
+def test_a_prefix_that_is_no_special_token_is_no_part_of_the_answer(tokenizer):
+    """task.json may set any prefix; a model that learned the task begins by writing it."""
+    model, task, rows = tiny(), TEXT._replace(prefix="w01 "), [fpt.Example("w03", "w02", ("w02",))]
+    learned = fpt.collate(tokenizer, rows, task, config(), "cpu")["labels"]
+    model.generate = lambda **how: torch.cat([torch.zeros(1, 1, dtype=torch.long), learned], dim=1)
+    prompt = fpt.SoftPrompt(torch.zeros(P, D))
+    scores, _ = fpt.evaluate(model, prompt, tokenizer, task, rows, config())
+    assert scores["em"] == 100
+
+
+# ====== 7 Train ===================================================================================
+
+
+@pytest.fixture
+def training(tokenizer, tmp_path, monkeypatch):
+    """-> run(): `fpt.train` on a tiny task, and what it did."""
+    def run(schedule="cr", model=None, seed=0, data=None, folder="run", length=P, **changes):
+        folder = tmp_path / folder
+        seen = types.SimpleNamespace(optimizers=[], encoders=[], judges=[], folder=folder)
+        forward, adafactor = T5Stack.forward, fpt.adafactor
+
+        def spy_forward(stack, *args, **how):
+            if not stack.is_decoder:
+                size = len(stack.block), ffn(stack.block[0]).wo.weight.shape[1]
+                (seen.encoders if torch.is_grad_enabled() else seen.judges).append(size)
+            return forward(stack, *args, **how)
+
+        def spy_adafactor(*args):
+            seen.optimizers.append(adafactor(*args))
+            return seen.optimizers[-1]
+
+        rows = examples(30, 3)
+        data = data or fpt.Data(YES_NO, rows[:20], rows[20:24], rows[24:])
+        model = model or tiny()
+        seen.start = fpt.init_prompt("vocab", length, model.shared.weight, fpt.rng(seed))
+        prompt = seen.prompt = fpt.SoftPrompt(seen.start)
+        seen.weight = prompt.weight
+        with monkeypatch.context() as patch:
+            patch.setattr(T5Stack, "forward", spy_forward)
+            patch.setattr(fpt, "adafactor", spy_adafactor)
+            seen.best, seen.log, seen.judge = fpt.train(
+                model, tokenizer, prompt, fpt.parse_schedule(schedule), data, config(**changes),
+                seed, folder)
+        return seen
+    return run
+
+
+@pytest.mark.parametrize("kind", ["v1.0", "v1.1"])
+def test_only_the_prompt_changes_across_every_stage(kind, training):
+    model = tiny(kind)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run = training("cr", model)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert run.prompt.weight is run.weight and (run.weight - run.start).abs().min() > 0
+    assert [name for name, _ in run.prompt.named_parameters()] == ["weight"]
+    # Growth after updates 4, 8 and 12 of 20: 2, 3, 5, 6 of 6 layers and 8, 16, 24, 32 neurons.
+    assert run.encoders == [(2, 8)] * 4 + [(3, 16)] * 4 + [(5, 24)] * 4 + [(6, 32)] * 8
+    assert set(run.judges) == {(6, 32)}  # the neurons' scores and every dev score: the full model
+    [optimizer] = run.optimizers
+    [group] = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(run.weight)]
+    assert optimizer.state[run.weight]["step"] == 20  # one state, through every growth
+    assert [(row["step"], row["stage"]) for row in run.log] == [(5, 2), (10, 3), (15, 4), (20, 4)]
+
+
+@pytest.mark.parametrize(("schedule", "stages"), [
+    ("ld", [(2, 32), (3, 32), (5, 32), (6, 32)]), ("fr", [(6, 8), (6, 16), (6, 24), (6, 32)]),
+    ("pt", [(6, 32)] * 4), ("0.5x0.25:1", [(3, 8)] * 4)])
+def test_the_schedules_run_on_the_models_they_name(schedule, stages, training):
+    run = training(schedule, eval_every=20)
+    assert run.encoders == [stages[0]] * 4 + [stages[1]] * 4 + [stages[2]] * 4 + [stages[3]] * 8
+    narrow = any(width < D_FF for _, width in stages)
+    assert run.judges[2 if narrow else 0:] == [stages[-1]]  # 2 batches of 4 score the neurons
+    assert len(run.judge.encoder.block) == stages[-1][0] and len(run.judge.decoder.block) == LAYERS
+
+
+def test_the_optimiser_is_the_papers(training):
+    run = training("pt", steps=1)
+    [group] = run.optimizers[0].param_groups
+    assert (group["lr"], group["scale_parameter"], group["relative_step"], group["warmup_init"],
+            group["weight_decay"], group["beta1"]) == (0.3, False, False, False, 1e-5, None)
+    rms = (run.weight - run.start).pow(2).mean().sqrt().item()
+    assert rms == pytest.approx(0.3, rel=1e-3)  # whatever the scale of the gradient
+
+
+def test_pt_is_prompt_tuning_as_peft_does_it(training, tokenizer):
+    """The baseline of every comparison, against a loop over PEFT's own model."""
+    run, model = training("pt", steps=6), tiny()
+    theirs = peft.get_peft_model(model, peft.PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, num_transformer_submodules=1)).eval()
+    weight = theirs.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(run.start)
+    optimizer = transformers.optimization.Adafactor(
+        [weight], lr=0.3, scale_parameter=False, relative_step=False, weight_decay=1e-5)
+    for rows in take(6, examples(30, 3)[:20], 0, 4):
+        optimizer.zero_grad()
+        batch = fpt.collate(tokenizer, rows, YES_NO, config(), "cpu")
+        theirs(**batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+    assert torch.equal(weight, run.weight)
+
+
+def test_the_ledger_counts_every_batch_as_it_was_padded(training, tokenizer):
+    run, model, rows = training("cr", score_examples=20), tiny(), examples(30, 3)[:20]
+    partials = [fpt.partial_t5(model, depth, width, random_scores(), False)
+                for depth, width, _ in fpt.SCHEDULES["cr"]]
+    flops = pt = 0
+    for step, batch in enumerate(take(20, rows, 0, 4), 1):
+        batch = fpt.collate(tokenizer, batch, YES_NO, config(), "cpu")
+        shape = 4, P + batch["input_ids"].shape[1], batch["labels"].shape[1]
+        flops += fpt.step_flops(partials[fpt.stage_at(fpt.SCHEDULES["cr"], step, 20)], *shape)
+        pt += fpt.step_flops(model, *shape)
+        if step % 5 == 0:
+            row = run.log[step // 5 - 1]
+            assert (row["flops"], row["pt_flops"]) == (flops, pt)
+    lengths = sorted(len(row.source.split()) + 1 for row in rows)  # the scores: a forward pass each
+    assert {row["scoring_flops"] for row in run.log} == {sum(
+        fpt.step_flops(model, 4, P + lengths[i + 3], 3, backward=False) for i in range(0, 20, 4))}
+    plain = training("pt").log[-1]
+    assert (plain["flops"], plain["pt_flops"], plain["scoring_flops"]) == (pt, pt, 0)
+    assert all(0 < row["train_seconds"] and 0 < row["eval_seconds"] for row in run.log)
+
+
+def test_one_batch_is_overfitted(training):
+    rows = examples(4, 3)  # two answers: the prompt must make the model look at the source
+    data = fpt.Data(YES_NO._replace(prefix=""), rows, rows, rows)
+    run = training("cr", data=data, length=10, steps=100, eval_every=10)
+    losses = [row["loss"] for row in run.log]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_two_runs_are_equal_bit_for_bit_and_two_seeds_are_not(training):
+    first, again = training("cr"), training("cr", folder="again")
+    other = training("cr", seed=1, folder="other")
+    assert torch.equal(first.weight, again.weight) and torch.equal(first.best[0], again.best[0])
+    assert [row["loss"] for row in first.log] == [row["loss"] for row in again.log]
+    assert not torch.equal(first.start, other.start) and not torch.equal(first.weight, other.weight)
+    name = "prompt/adapter_model.safetensors"
+    assert (first.folder / name).read_bytes() == (again.folder / name).read_bytes()
+
+
+def test_the_best_prompt_is_the_later_of_equals(training, monkeypatch):
+    dev, weights = [10, 30, 30, 20], []
+
+    def scripted(model, prompt, *_):
+        weights.append(prompt.weight.detach().clone())
+        return {"em": dev[len(weights) - 1], "f1": 100 - len(weights)}, []  # only the first counts
+
+    monkeypatch.setattr(fpt, "evaluate", scripted)
+    run = training("pt")
+    assert run.best[1:] == ({"em": 30, "f1": 97}, 15) and torch.equal(run.best[0], weights[2])
+    assert torch.equal(fpt.load_prompt(run.folder / "prompt"), weights[2])
+    assert [row["dev"]["em"] for row in run.log] == dev
+
+
+def test_the_logged_loss_is_the_mean_since_the_last_evaluation(training):
+    every = [row["loss"] for row in training("pt", steps=6, eval_every=1).log]
+    run = training("pt", steps=6, eval_every=4)
+    assert [row["step"] for row in run.log] == [4, 6]
+    means = [sum(every[:4]) / 4, sum(every[4:]) / 2]
+    assert [row["loss"] for row in run.log] == pytest.approx(means)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run(bad, training, monkeypatch):
+    """One example of train has a poisoned word; the run ends at the update where it comes up."""
+    rows = [row for row in examples(30, 3) if "w49" not in row.source]
+    rows, dev = rows[:20], rows[20:]
+    rows[7] = rows[7]._replace(source="w49 " + rows[7].source)
+    drawn = take(20, rows, 0, 4)
+    step = 1 + [rows[7] in batch for batch in drawn].index(True)
+    assert step > 1
+    model, data = tiny(), fpt.Data(YES_NO, rows, dev, dev)
+    if bad == "loss":
+        model.shared.weight[WORDS.index("w49")] = math.nan
+    else:  # the loss is finite, its gradient is not
+        clip, norms = torch.nn.utils.clip_grad_norm_, [1.0] * (step - 1) + [math.nan]
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                            lambda *how: clip(*how) * norms.pop(0))
+    with pytest.raises(fpt.UserError, match=rf"update {step}\b"):
+        training("pt", model, data=data, folder="bad")
+    monkeypatch.undo()
+    good = training("pt", data=data, steps=step - 1)
+    bad = good.folder.with_name("bad")
+    batch = [json.loads(line) for line in (bad / "bad-batch.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in batch] == [row.source for row in drawn[step - 1]]
+    assert torch.equal(fpt.load_prompt(bad / "prompt-last-good"), good.weight)
+
+
+# ====== 8 Record, and the program =================================================================
+
+PROMPT_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+RUN_FILES = sorted(["config.json", "log.jsonl", "predictions.jsonl", "results.json", *(
+    f"{folder}/{name}" for folder in ("prompt", "prompt-last") for name in PROMPT_FILES)])
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(here, tmp_path_factory):
+    """`pt` and `cr` by one command, in this process: the folder, what main returned and printed."""
+    out = tmp_path_factory.mktemp("runs") / "new" / "out"
+    starts, orders, patch = [], [], pytest.MonkeyPatch()
+    batches, adafactor = fpt.batches, fpt.adafactor
+
+    def spy_batches(*arguments, **how):
+        orders.append([])
+        for batch in batches(*arguments, **how):
+            orders[-1].append(batch)
+            yield batch
+
+    def spy_adafactor(prompt, *rest):
+        starts.append(prompt.weight.detach().clone())
+        return adafactor(prompt, *rest)
+
+    text = tempfile.TemporaryFile("w+")
+    patch.setattr(fpt, "batches", spy_batches)
+    patch.setattr(fpt, "adafactor", spy_adafactor)
+    patch.setattr(sys, "stdout", text)
+    try:
+        results = fpt.main(flags(here, out, "--schedule", "pt", "cr", "--seed", 0, 1))
+    finally:
+        patch.undo()
+    text.seek(0)
+    return types.SimpleNamespace(out=out, results=results, starts=starts, orders=orders,
+                                 text=text.read())
+
+
+def test_a_run_leaves_its_files_and_main_returns_what_they_say(run, here):
+    names = ["pt-seed0", "cr-seed0", "pt-seed1", "cr-seed1"]
+    assert sorted(path.name for path in run.out.iterdir()) == sorted(names)
+    for name, result in zip(names, run.results, strict=True):
+        folder = run.out / name
+        assert files(folder) == RUN_FILES  # and no draft of an atomic write
+        assert json.loads((folder / "results.json").read_text()) == result
+        settings = json.loads((folder / "config.json").read_text())
+        schedule, seed = name.split("-seed")
+        assert (settings["schedule"], settings["seed"]) == (schedule, int(seed))
+        assert settings["stages"] == [list(stage) for stage in fpt.SCHEDULES[schedule]]
+        assert (settings["steps"], settings["batch"], settings["lr"], settings["model"]) == (
+            10, 4, 0.3, str(here / "model"))
+        versions = settings["versions"]
+        assert torch.__version__.startswith(versions["torch"])  # less "+cpu", perhaps
+        assert versions["transformers"] == transformers.__version__
+        log = read_jsonl(folder / "log.jsonl")
+        assert [row["step"] for row in log] == [4, 8, 10]
+        assert [row["stage"] for row in log] == ([1, 1, 1] if schedule == "pt" else [2, 4, 4])
+        for key in "flops", "pt_flops", "scoring_flops", "train_seconds", "eval_seconds":
+            assert [row[key] for row in log] == sorted(row[key] for row in log)
+        best = max(log, key=lambda row: (row["dev"]["accuracy"], row["step"]))
+        assert (result["best_step"], result["dev"]) == (best["step"], best["dev"])
+        assert result["last_dev"] == log[-1]["dev"] and result["scored_on_full_model"] is True
+        last = log[-1]
+        assert result["flops_over_pt"] == (last["flops"] + last["scoring_flops"]) / last["pt_flops"]
+        assert (result["flops_over_pt"] == 1) is (schedule == "pt")
+
+
+def test_the_saved_prompt_earns_the_reported_scores(run, here, tokenizer):
+    """Validation is scored with the chosen prompt, dev after the last update with the last one."""
+    rows = examples(12, 2)  # as write_task draws them
+    gold = [row.target for row in rows]
+    for name, result in zip(["pt-seed0", "cr-seed0"], run.results):
+        lines = read_jsonl(run.out / name / "predictions.jsonl")
+        assert [(line["source"], line["answers"]) for line in lines] == [
+            (row.source, list(row.answers)) for row in rows]
+        predictions = [line["prediction"] for line in lines]
+        share = 100 * sum(p == g for p, g in zip(predictions, gold)) / 12
+        assert result["validation"] == {"accuracy": pytest.approx(share)}
+        assert result["validation_examples"] == 12
+        assert result["majority"] == pytest.approx(100 * max(map(gold.count, gold)) / 12)
+        assert result["constant_predictions"] is (len(set(predictions)) == 1)
+        model, task = tiny(), fpt.Task("", ("yes", "no"))
+        data = fpt.load_data(str(here / "task"), dev=500)
+        for saved, split, scores in (("prompt", rows, result["validation"]),
+                                     ("prompt", data.dev, result["dev"]),
+                                     ("prompt-last", data.dev, result["last_dev"])):
+            prompt = fpt.SoftPrompt(fpt.load_prompt(run.out / name / saved))
+            assert fpt.evaluate(model, prompt, tokenizer, task, split, config())[0] == scores
+
+
+def test_schedules_of_a_seed_share_the_start_and_the_data_order(run):
+    pt0, cr0, pt1, cr1 = run.starts
+    assert torch.equal(pt0, cr0) and torch.equal(pt1, cr1) and not torch.equal(pt0, pt1)
+    orders = [[[row.source for row in batch] for batch in order] for order in run.orders]
+    assert orders[0] == orders[1] != orders[2] == orders[3] and len(orders[0]) == 10
+    names = [run.out / f"{name}-seed0/prompt-last" for name in ("pt", "cr")]
+    assert not torch.equal(*map(fpt.load_prompt, names))  # the models they ran on were not the same
+
+
+def test_the_screen_says_how_to_use_the_prompt_and_it_is_true(run, here):
+    lines = run.text.splitlines()
+    start = next(i for i, line in enumerate(lines) if "PeftModel" in line)
+    code = [line.strip() for line in lines[start:start + 3]]
+    namespace = {}
+    exec("\n".join(code), namespace)
+    prompt = namespace["model"].prompt_encoder["default"].embedding.weight
+    assert torch.equal(prompt, fpt.load_prompt(run.out / "cr-seed1" / "prompt"))
+    for result in run.results:  # the majority share is beside every score
+        assert f"{result['majority']:.2f}" in run.text
+
+
+def test_constant_predictions_are_called_out_and_a_partial_end_is(here, tmp_path, capsys):
+    [result] = fpt.main(flags(here, tmp_path / "out", "--schedule", "0.5x0.5:1", "--limit", 1))
+    assert (result["validation_examples"], result["majority"]) == (1, 100)
+    assert result["constant_predictions"] is True
+    assert result["scored_on_full_model"] is False and result["flops_over_pt"] < 1
+    said = "".join(capsys.readouterr())
+    assert "same text" in said and "full model" in said
+    assert (tmp_path / "out" / "0.5x0.5_1-seed0").is_dir()
+
+
+def test_bf16_free_text_and_a_prompt_to_start_from(here, run, tmp_path):
+    folder = write_task(tmp_path / "text", labels=[], max_target=4)
+    start = run.out / "cr-seed0" / "prompt"
+    [result] = fpt.main(flags(here, tmp_path / "out", "--task", folder, "--schedule", "cr",
+                              "--precision", "bf16", "--init", start, "--steps", 1))
+    assert list(result["validation"]) == ["em", "f1"]
+    moved = fpt.load_prompt(tmp_path / "out/cr-seed0/prompt-last") - fpt.load_prompt(start)
+    assert moved.pow(2).mean().sqrt().item() == pytest.approx(0.3, rel=0.01)  # one step from there
+
+
+@pytest.mark.parametrize("init", ["uniform", "vocab", "labels"])
+def test_the_start_that_init_names(init, here, tmp_path):
+    fpt.main(flags(here, tmp_path / "out", "--init", init, "--schedule", "pt", "--steps", 1,
+                   "--lr", 1e-9))
+    rows, shared = fpt.load_prompt(tmp_path / "out/pt-seed0/prompt"), tiny().shared.weight
+    distance = (rows[:, None] - shared).norm(dim=-1)
+    nearest = [WORDS[i] for i in distance.argmin(1).tolist()]
+    if init == "uniform":
+        assert rows.abs().max() <= 0.25 + 1e-6 and distance.min() > 0.5
+    else:
+        assert distance.min(1).values.max() < 1e-3 and len(set(nearest)) == P
+        assert (nearest[:2] == ["yes", "no"]) is (init == "labels")
+
+
+def test_writes_are_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "file"
+    fpt.write(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: 1 / 0)  # the machine stops before the last step
+        with pytest.raises(ZeroDivisionError):
+            fpt.write(path, "new, and longer")
+    assert path.read_text() == "old"
+    fpt.write(path, b"new")
+    assert path.read_bytes() == b"new" and files(tmp_path) == ["new/file"]
+
+
+# ====== Bad input: one line on stderr, exit code 2, nothing written ===============================
+
+
+@pytest.fixture
+def refused(here, tmp_path, capfd):
+    """-> refused(flags): the line that `main` ends with. capfd: libraries must be silent too."""
+    def run(*more, out=tmp_path / "out"):
+        before = out.exists()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            fpt.main(flags(here, out, *more))
+        assert stop.value.code == 2 and out.exists() is before
+        return one_line(capfd.readouterr().err)
+    return run
+
+
+BAD_FLAGS = [  # flags, what the line must say
+    ("--nope 1", "--nope"), ("--steps many", "--steps.*many"), ("--schedul pt", "--schedul"),
+    ("--model no/such-model", "no/such-model"), ("--task nope", "unknown task 'nope'.*rte.*folder"),
+    ("--task rte", "nyu-mll/glue.*HF_HUB_OFFLINE=1"),
+    ("--model t5-base", "t5-base.*HF_HUB_OFFLINE=1"),
+    ("--schedule nope", "'nope'.*pt, ld, fr, cr"), ("--schedule pt 0.5x1:0.5", "0.5, not 1"),
+    ("--schedule pt pt", "twice"), ("--seed 1 1", "twice"),
+    ("--precision fp16", "fp32 or bf16.*overflow"), ("--precision int8", "fp32 or bf16"),
+    ("--device cuda:99", "cuda:99"), ("--device abacus", "abacus"), ("--device meta", "meta"),
+    ("--init nope", "nope"), ("--prompt-length 99 --init vocab", "99"),
+    ("--limit -1", "--limit.*at least 0"), ("--lr 0", "--lr"), ("--lr nan", "--lr"),
+    ("--lr inf", "--lr"), *((f"--{name} 0", f"--{name}.*at least 1") for name in (
+        "steps", "batch", "dev", "eval-every", "prompt-length", "score-examples", "max-source"))]
+
+
+@pytest.mark.parametrize(("more", "says"), BAD_FLAGS)
+def test_a_bad_flag(more, says, refused):
+    line = refused(*more.split())
+    assert re.search(says, line), line
+
+
+BAD_FILES = [  # files of a task folder (None: removed), the file and line to name, the reason
+    ({"task.json": None, "train.jsonl": None, "validation.jsonl": None}, "task.json", ""),
+    *(({name: None}, name, "") for name in ("train.jsonl", "validation.jsonl")),
+    *(({"task.json": text}, "task.json", why) for text, why in [
+        ("{", ""), ("[]", "object"), ('{"labls": ["a", "b"]}', "labls"),
+        ('{"labels": "yes no"}', "labels"), ('{"labels": ["yes"]}', "two"),
+        ('{"labels": ["yes", 1]}', "labels"), ('{"max_target": 0}', "max_target"),
+        ('{"labels": ["yes", "no"], "metric": "rouge_l"}', "rouge_l"),
+        ('{"metric": "accuracy"}', "accuracy"),
+        ('{"labels": ["yes", "no", "w01"], "metric": "accuracy_f1"}', "accuracy_f1")]),  # binary
+    ({"train.jsonl": ""}, "task", "0 train"), ({"validation.jsonl": "\n"}, "task", "0 validation"),
+    *(({"train.jsonl": text}, f"train.jsonl, line {line}", why) for text, line, why in [
+        ("{}\n" * 20, 1, "source"), ('{"source": "s", "target": "yes"}\nrubbish\n', 2, ""),
+        ('{"source": "s", "target": "yes"}\n\n["s", "yes"]\n', 3, "source"),
+        ('{"source": "", "target": "yes"}\n', 1, "source"),
+        ('{"source": "s", "target": 1}\n', 1, "target"),
+        ('{"source": "s", "target": []}\n', 1, "target")]),
+    ({"train.jsonl": b"\xff\xfe\n"}, "train.jsonl", ""),
+    *(({"validation.jsonl": '{"source": "s", "target": %s}' % target}, "validation.jsonl, line 1",
+       "yes, no") for target in ('"maybe"', '["yes"]')),  # none of the labels
+    ({"task.json": '{"labels": ["yes", "no", "hm", "eh"]}'}, "", "'hm' and 'eh'")]  # both are <unk>
+
+
+@pytest.mark.parametrize(("changes", "where", "why"), BAD_FILES)
+def test_a_bad_task_folder(changes, where, why, tmp_path, refused):
+    folder = write_task(tmp_path / "task")
+    for name, content in changes.items():
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused("--task", folder)
+    assert where in line and why in line.replace(where, ""), line
+
+
+@pytest.mark.parametrize("kind", ["umt5", "bart", "gpt2"])
+def test_a_model_that_is_no_t5(kind, tmp_path, refused):
+    no_t5(kind).config.save_pretrained(tmp_path / "model")
+    line = refused("--model", tmp_path / "model")
+    assert kind in line and "T5" in line
+
+
+def test_a_folder_that_is_no_model(tmp_path, refused):
+    assert str(tmp_path) in refused("--model", tmp_path)
+
+
+@pytest.mark.parametrize(("part", "error", "says"), [
+    ("Tokenizer", ValueError("`tiktoken` is required to read a `tiktoken` file.\nInstall it"),
+     "pip install sentencepiece protobuf"),
+    ("Tokenizer", ImportError("\nT5Converter requires the protobuf library but it was not found"),
+     "pip install sentencepiece protobuf"),
+    ("Config", OSError("org/x is not a local folder and is not a valid model identifier\nlisted"),
+     "org/x is not a local folder"),
+    ("Config", OSError("We couldn't connect to 'https://huggingface.co' to load\nthe files"),
+     "HF_HUB_OFFLINE=1"),
+    ("ModelForSeq2SeqLM", RuntimeError("weights cut short\nin the middle"), "cut short in the")])
+def test_what_the_libraries_say_in_many_lines(part, error, says, monkeypatch, refused):
+    """Messages that they were seen to give, raised where they raise them."""
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(getattr(transformers, "Auto" + part), "from_pretrained", fail)
+    assert says in refused()
+
+
+def test_weights_cut_short(here, tmp_path, refused):
+    shutil.copytree(here / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(tmp_path / "model") in refused("--model", tmp_path / "model")
+
+
+def test_a_prompt_of_another_width_and_folders_without_one(tmp_path, refused):
+    fpt.save_prompt(tmp_path / "wide", torch.zeros(P, D + 1), "another")
+    (tmp_path / "empty").mkdir()
+    for folder, says in ("wide", "17.*16"), ("empty", "no prompt"), ("none", "no prompt"):
+        line = refused("--init", tmp_path / folder)
+        assert re.search(says, line) and str(tmp_path / folder) in line
+
+
+def test_init_labels_without_labels(tmp_path, refused):
+    folder = write_task(tmp_path / "text", labels=[])
+    assert "labels" in refused("--task", folder, "--init", "labels")
+
+
+def test_nothing_is_overwritten(run, tmp_path, refused):
+    before = {name: (run.out / name).read_bytes() for name in files(run.out)}
+    (tmp_path / "file").write_text("mine")
+    for out in run.out, tmp_path / "file":
+        assert str(out) in refused(out=out)
+    assert {name: (run.out / name).read_bytes() for name in files(run.out)} == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_loss_that_is_not_finite_ends_the_program(here, tmp_path, capfd):
+    model, folder = tiny(), tmp_path / "model"
+    model.shared.weight[:] = math.nan
+    shutil.copytree(here / "model", folder)
+    model.save_pretrained(folder)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fpt.main(flags(here, tmp_path / "out", "--model", folder, "--schedule", "pt"))
+    line = one_line(capfd.readouterr().err)
+    assert stop.value.code == 2 and "update 1:" in line and "--lr" in line
+    assert {"pt-seed0/bad-batch.jsonl", "pt-seed0/prompt-last-good/adapter_config.json"} <= set(
+        files(tmp_path / "out"))
+
+
+# ====== In processes of their own =================================================================
+
+
+def test_a_run_from_the_command_line_repeats_the_one_above_bit_for_bit(run, here, tmp_path):
+    done = python(ROOT / "fpt.py", *flags(here, "out", "--schedule", "cr"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "out" / "cr-seed0") == RUN_FILES
+    mine, theirs = tmp_path / "out/cr-seed0", run.out / "cr-seed0"
+    results = [json.loads((folder / "results.json").read_text()) for folder in (mine, theirs)]
+    for result in results:
+        result.update(train_seconds=0, eval_seconds=0)
+    assert results[0] == results[1]
+    for name in "prompt/adapter_model", "prompt-last/adapter_model":
+        assert len({(f / f"{name}.safetensors").read_bytes() for f in (mine, theirs)}) == 1
+    assert "Error importing" not in done.stdout  # what datasets prints if it is imported first
+
+
+def test_help_and_a_mistyped_flag_answer_before_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = python(ROOT / "fpt.py", "--help", cwd=tmp_path, PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for field in dataclasses.fields(fpt.Config):
+        default = field.default[0] if isinstance(field.default, tuple) else field.default
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
+        assert f"(default: {default})" in " ".join(done.stdout.split())
+    done = python(ROOT / "fpt.py", "--modle", "t5-base", cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 2 and "--modle" in one_line(done.stderr) and not done.stdout
+
+
+def test_import_is_cheap_and_without_network_a_hub_name_is_refused(tmp_path):
+    """One process, as imports take most of it. Port 9 is closed: nothing answers there."""
+    code = """import sys, fpt
+heavy = {"transformers", "datasets", "huggingface_hub", "sklearn", "torchmetrics", "matplotlib"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+fpt.main(["--model", "t5-base", "--task", "rte", "--device", "cpu", "--out", "out"])"""
+    done = python("-c", code, cwd=tmp_path, HF_HUB_OFFLINE=None, HF_ENDPOINT="http://127.0.0.1:9",
+                  HF_HOME=str(tmp_path / "cache"))
+    line = one_line(done.stderr)
+    assert done.returncode == 2 and "nyu-mll/glue" in line and "HF_HUB_OFFLINE=1" in line
+    assert not (tmp_path / "out").exists()
+
+
+# ====== The documents say what the code does ======================================================
+
+FPT = (ROOT / "fpt.py").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "tutorial.md")
+PLUMBING = """UserError flag parse_args Config Task Example Data load_data load_hub hub_examples
+load_folder folder_task hub_failure ask_hub load_model label_ids collate rng batches accuracy em_f1
+rouge_l evaluate adafactor score_on_train stop_nonfinite main_score over_pt progress write jsonl
+shown record tune start_prompt versions summarise check pick_device new_folder main""".split()
+# Public, but not the method: the tutorial need not mention these.
+
+
+def document(name):
+    """Text of a document; a missing one fails, it does not skip."""
+    assert (ROOT / name).is_file(), f"{name} is missing"
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def fences(name):
+    """[(info, text)] of the fenced blocks."""
+    text = document(name)
+    assert text.count("\n```") % 2 == 0, "a fence is not closed"
+    return re.findall(r"^```([^\n]*)\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+def prose(name):
+    return re.sub(r"^```.*?^```$", "", document(name), flags=re.M | re.S)
+
+
+def contains(lines, snippet):
+    """Is the snippet a contiguous run of these lines, up to a common indentation?"""
+    snippet = textwrap.dedent(snippet).rstrip("\n")
+    count = snippet.count("\n") + 1
+    return any(textwrap.dedent("\n".join(lines[i:i + count])) == snippet
+               for i in range(len(lines) - count + 1))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_python_snippets_are_verbatim(name, capsys):
+    public = {key: value for key, value in vars(fpt).items() if key[0] != "_"}
+    namespace = {"torch": torch, **public}
+    blocks = fences(name)
+    for i, (info, text) in enumerate(blocks):
+        if info == "python":
+            assert contains(FPT.splitlines(), text), f"not in fpt.py:\n{text}"
+        elif info == "python sketch":
+            ast.parse(text)
+        elif info == "python run":
+            capsys.readouterr()
+            exec(compile(text, name, "exec"), namespace)
+            if i + 1 < len(blocks) and blocks[i + 1][0] == "text":  # the output that the text shows
+                assert capsys.readouterr().out == blocks[i + 1][1]
+        else:
+            assert info in ("sh", "text", "json", "bibtex"), f"a fence of unknown kind: {info!r}"
+
+
+def test_the_verbatim_check_can_fail():
+    lines = ["    a = 1", "    if a:", "        b = 2", "c = 3"]
+    assert all(contains(lines, text) for text in ("if a:\n    b = 2\n", "a = 1\n", "c = 3"))
+    assert not any(contains(lines, text) for text in ("a = 1\nb = 2\n", "a = 1  # nicer\n"))
+
+
+def test_commands_parse():
+    texts = {"fpt.py": fpt.__doc__, **{name: document(name) for name in DOCUMENTS}}
+    for name, text in texts.items():
+        commands = re.findall(r"python fpt\.py\b[^`\n]*", text)
+        assert commands, f"{name} shows no command"
+        for command in commands:
+            assert not command.rstrip().endswith("\\"), command
+            settings = fpt.parse_args(shlex.split(command, comments=True)[2:])
+            assert [fpt.parse_schedule(schedule) for schedule in settings.schedule]
+            assert settings.task in fpt.TASKS or settings.task.isupper(), command  # FOLDER
+            assert settings.precision in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_names_in_the_text_exist(name):
+    text = prose(name)
+    known = [vars(fpt), vars(builtins), vars(torch)]
+    for called in re.findall(r"`(\w+)\(", text):
+        assert any(called in names for names in known), f"`{called}(` does not exist"
+    for field in re.findall(r"`Config\.(\w+)", text):
+        assert field in {field.name for field in dataclasses.fields(fpt.Config)}, f"Config.{field}"
+    options = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(fpt.Config)}
+    for option in re.findall(r"`(--[\w-]+)", text):
+        assert option in options, option
+
+
+def definitions():
+    """The functions and classes of fpt.py at module level."""
+    return [node for node in ast.parse(FPT).body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+
+
+def test_tutorial_follows_the_file():
+    banners = re.findall(r"^# =*\s*(\d+ [^=\n]+?)\s*=*$", FPT, flags=re.M)
+    assert [int(banner.split()[0]) for banner in banners] == list(range(1, 9))
+    headings = re.findall(r"^##+ (.+)$", document("tutorial.md"), flags=re.M)
+    assert [heading for heading in headings if heading in banners] == banners
+    names = {node.name for node in definitions() if node.name[0] != "_"}
+    assert not set(PLUMBING) - names, "PLUMBING lists what fpt.py lacks"
+    missing = names - set(PLUMBING) - set(re.findall(r"\w+", document("tutorial.md")))
+    assert not missing, f"the tutorial does not mention {missing}"
+
+
+def test_the_readme_is_tested_as_it_says():
+    [command] = {line for info, text in fences("README.md") if info == "sh"
+                 for line in text.splitlines() if "pytest" in line}
+    assert command in document(".ci/run").splitlines() and os.access(ROOT / ".ci/run", os.X_OK)
+    assert __doc__.startswith(command)
+    assert "requirements.txt" in document(".ci/run") and "venv" in document(".ci/run")
+    readme = document("README.md")
+    paths = re.findall(r"\]\((?!https?:)([^)#]+)\)", readme)  # links, and the list of files
+    paths += re.findall(r"^\* `(.+?)`:", readme, flags=re.M)
+    assert paths and all((ROOT / path).exists() for path in paths), paths
+
+
+def imported(nodes):
+    """Names of the packages that these nodes of a syntax tree import."""
+    names = [node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+             for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return {name.split(".")[0] for name in names}
+
+
+def test_requirements_are_bounded_with_a_reason_each_and_met_here():
+    from importlib.metadata import version
+    from packaging.requirements import Requirement
+
+    lines = [line for line in document("requirements.txt").splitlines() if line and line[0] != "#"]
+    for line in lines:
+        wanted, _, reason = line.partition(" # ")
+        requirement = Requirement(wanted.strip())
+        assert {bound.operator for bound in requirement.specifier} == {">=", "<"}, line
+        assert len(reason.split()) >= 2, f"no reason: {line}"
+        assert requirement.specifier.contains(version(requirement.name), prereleases=True), line
+    listed = {re.match(r"[\w-]+", line)[0] for line in lines}
+    come_along = {"tokenizers", "packaging", "fpt"}  # with transformers, with pytest, here
+    for name in "fpt.py", "test_fpt.py":
+        used = {"scikit-learn" if package == "sklearn" else package
+                for package in imported(ast.walk(ast.parse(document(name))))}
+        assert used - sys.stdlib_module_names - come_along <= listed
+
+
+@pytest.mark.parametrize("name", ["fpt.py", "test_fpt.py"])
+def test_style(name):
+    text = document(name)
+    assert not [f"{i}: {line}" for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text.replace(r"(TODO|FIXME|XXX)", ""))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 50, f"{node.name} is longer than 50 lines"
+
+
+def test_public_functions_say_what_they_do_and_imports_are_light():
+    for node in definitions():
+        assert node.name[0] == "_" or ast.get_docstring(node), f"{node.name} has no docstring"
+    assert imported(ast.parse(FPT).body) - sys.stdlib_module_names == {"torch"}  # module level
