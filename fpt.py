@@ -1,6 +1,6 @@
 """FPT: Fast Prompt Tuning by progressive training, in one file.
 
-    python fpt.py --model t5-base --task rte           # FPT, schedule cr, the paper's settings
+    python fpt.py --model t5-base --task rte           # FPT: schedule cr, the paper's 30,000 steps
     python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2
     python fpt.py --model PATH/TO/T5 --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000
 
@@ -14,7 +14,7 @@ to the full model. The same prompt is carried ("recycled") through every growth.
     partial PLM: layer dropping (LD)       kept_layers, partial_t5
     FFN reduction (FR), compound (CR)      neuron_scores, partial_t5
     progressive training                   Stage, SCHEDULES, stage_at, train
-    FLOPs of Tables 1 and 2                step_flops
+    FLOPs (there: forward, linear layers)  step_flops
     prompt tuning (PT)                     SoftPrompt, init_prompt
 
 What this is not: a library of tuning methods (PEFT is; the prompts saved here load there), a way
@@ -26,9 +26,9 @@ Glossary
     P        vectors in the soft prompt (20 in the paper)
     T        tokens of the source, padded to the longest of the batch
     S        tokens of the target, likewise
-    d        d_model, the width of the residual stream
+    d, V     d_model, the width of the vectors between layers; tokens of the vocabulary
     d_ff     neurons of a feed-forward network (FFN): neuron j is row j of wi and column j of wo
-    L        layers ("blocks") of the encoder or of the decoder
+    L, C     layers ("blocks") of the encoder or of the decoder; labels of a task
     depth    share of the L layers that a partial model keeps (Table 1: "Enc/Dec layers")
     width    share of the d_ff neurons that each layer keeps  (Table 1: "FFN dim")
     stage    a depth, a width, and the share of all updates spent there
@@ -64,7 +64,7 @@ def flag(default, text):
 
 @dataclasses.dataclass
 class Config:
-    """Every knob: its flag, its default (the paper's, where the paper has one), its help."""
+    """Every knob: its flag, its default (batch, updates, rate, P are the paper's), its help."""
 
     model: str = flag("t5-base", "hub id or folder: T5 v1.0, v1.1, LM-adapted, Flan, mT5 or ByT5")
     task: str = flag("rte", "a name of the task table, or a folder (task.json, two .jsonl files)")
@@ -210,7 +210,7 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         block.layer[-1] = view(block.layer[-1])
         ffn = block.layer[-1].DenseReluDense = view(block.layer[-1].DenseReluDense)
         for name in {"wi", "wi_0", "wi_1", "wo"} & set(ffn._modules):  # T5 has no biases
-            weight = getattr(ffn, name).weight.detach().index_select(int(name == "wo"), keep.sort()[0])
+            weight = getattr(ffn, name).weight.data.index_select(int(name == "wo"), keep.sort()[0])
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             linear.weight = nn.Parameter(weight, requires_grad=False)  # [k, d]; wo: [d, k]
             setattr(ffn, name, linear)
@@ -240,8 +240,8 @@ class Stage(NamedTuple):
     share: float
 
 
-# 6,000 x 3 and 12,000 of 30,000 updates. They give Table 2's FLOPs for T5-LARGE (72, 83, 65 %);
-# those for XL (86, 84, 74 %) need other shares, which no published script has.
+# 6,000 x 3 and 12,000 of 30,000 updates. By the paper's count they give Table 2's FLOPs of T5-LARGE
+# (72, 83, 65 %) and of XL with FR (84 %); XL's LD and CR (86, 74 %) need shares nobody published.
 _GROWTH = ((0.25, 0.2), (0.5, 0.2), (0.75, 0.2), (1.0, 0.4))
 SCHEDULES = {
     "pt": (Stage(1.0, 1.0, 1.0),),  # plain prompt tuning
@@ -299,8 +299,8 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
 
     `source` is P+T and `target` is S, both padded. The backward pass goes to the prompt *through
     frozen weights*: a linear layer costs its forward once more (dX, no dW), the two products of
-    attention cost theirs twice. An update is therefore about 2.07 forwards; the usual factor 3 of
-    training overstates prompt tuning by 45 %. With backward=False: the forward pass alone.
+    attention cost theirs twice. An update is 2.0 to 2.1 forwards, by length; the usual factor 3 of
+    training overstates prompt tuning by 43 to 50 %. With backward=False: the forward pass alone.
     Equal to torch.utils.flop_counter.FlopCounterMode under eager attention.
     Official: the linear layers of a forward pass at 512 tokens, no attention products.
     """
@@ -433,7 +433,7 @@ class Task(NamedTuple):
     hub: tuple[str, str] = ("", "")  # repository and configuration
     validation: str = "validation"  # the split that is reported
     max_target: int = 64  # tokens of free text kept, and generated at most; labels stay whole
-    prefix: str = "<extra_id_0>"  # T5 learned to begin targets so; the official code keeps it
+    prefix: str = "<extra_id_0>"  # how span-corruption targets begin; the official code keeps it
 
 
 _GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"  # full ids: datasets 5 refuses the short ones
@@ -477,7 +477,7 @@ class Example(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A task and its examples, in three parts that share none."""
+    """A task and its examples; no source of `dev` is in `train`."""
 
     task: Task
     train: list[Example]
@@ -491,12 +491,14 @@ def load_data(name: str, dev: int, limit: int = 0) -> Data:
     Official: chooses the prompt, and the neurons, on the validation split that it reports.
     """
     task, train, validation = load_hub(TASKS[name]) if name in TASKS else load_folder(Path(name))
-    if len(train) < 10 or not validation:
-        raise UserError(f"task {name}: {len(train)} train and {len(validation)} validation "
-                        "examples are too few; it takes 10 and 1")
-    order = torch.randperm(len(train), generator=rng("dev")).tolist()
-    dev = min(dev, len(train) // 5)
-    return Data(task, [train[i] for i in order[dev:]], [train[i] for i in order[:dev]],
+    sources = list(dict.fromkeys(example.source for example in train))  # ReCoRD repeats some
+    if len(sources) < 10 or not validation:
+        raise UserError(f"task {name}: {len(sources)} different train and {len(validation)} "
+                        "validation examples are too few; it takes 10 and 1")
+    order = torch.randperm(len(sources), generator=rng("dev")).tolist()
+    held = {sources[i] for i in order[:min(dev, len(sources) // 5)]}
+    return Data(task, [example for example in train if example.source not in held],
+                list({e.source: e for e in train if e.source in held}.values()),
                 validation[:limit or None])
 
 
@@ -614,7 +616,7 @@ def hub_failure(what: str, error: Exception) -> str:
 
 
 def ask_hub(config: Config) -> None:
-    """Wait 5 s at most for a sign of life of the hub; without one, use the local cache alone.
+    """Wait about 5 s for a sign of life of the hub; without one, use the local cache alone.
 
     The libraries retry for 24 to 48 s a file, even for files they have. They read HF_HUB_OFFLINE
     when they are imported, so this comes first.
@@ -742,7 +744,10 @@ def em_f1(predictions, examples, labels) -> dict[str, float]:
 
 
 def rouge_l(predictions, examples, labels) -> dict[str, float]:
-    """ROUGE-L F-measure, without stemming, best of the right answers, in percent."""
+    """ROUGE-L F-measure, without stemming, best of the right answers, in percent.
+
+    Official: the summary-level variant, sentence by sentence.
+    """
     from torchmetrics.functional.text import rouge_score
 
     scores = rouge_score(predictions, [list(example.answers) for example in examples],
@@ -763,8 +768,11 @@ METRICS = {  # the first number of each chooses the prompt
 def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config: Config):
     """-> scores in percent, the first of them the one that counts, and the predicted texts.
 
-    Labels by rank classification: the label whose text is likeliest. Free text by greedy decoding.
+    Labels by rank classification: the label whose text is likeliest (a sum over its tokens). Free
+    text by greedy decoding.
+    Official: decodes labels as well, and compares texts; what counts is the mean of all metrics.
     """
+    labels = label_ids(tokenizer, task)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
     predictions = [""] * len(examples)
     for start in range(0, len(order), config.batch):
@@ -773,7 +781,7 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config:
         embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
         embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
         if task.labels:
-            likelihood = label_likelihood(model, embeds, mask, label_ids(tokenizer, task))
+            likelihood = label_likelihood(model, embeds, mask, labels)  # [B, C]
             texts = [task.labels[i] for i in likelihood.argmax(1).tolist()]
         else:
             ids = model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False,
@@ -819,9 +827,9 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
     final = partial_t5(model, *schedule[-1][:2], scores, task.decoder)
     bar = progress(config.steps)
     for step, examples in zip(bar, batches(data.train, seed, config.batch)):
-        if stage != stage_at(schedule, step, config.steps):
-            # Growth: a larger model; the same prompt, and the same optimiser state, go on.
-            stage = stage_at(schedule, step, config.steps)
+        now = stage_at(schedule, step, config.steps)
+        if now != stage:  # growth: a larger model; the same prompt and optimiser state go on
+            stage = now
             partial = partial_t5(model, *schedule[stage][:2], scores, task.decoder)
         batch = collate(tokenizer, examples, task, config, model.device)
         embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
@@ -856,7 +864,7 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
 
 
 def adafactor(prompt: SoftPrompt, lr: float):
-    """The paper's optimiser: each step has RMS `lr`, whatever the gradient's scale.
+    """The paper's optimiser: a step has RMS `lr` at most, whatever the scale of all gradients.
 
     torch.optim.Adafactor cannot express it: it scales by the parameter's RMS and decays the rate.
     """
@@ -941,7 +949,8 @@ def tune(model, tokenizer, name: str, data: Data, config: Config, seed: int, fol
     """One schedule, one seed: train, report on validation, fill the folder. -> results."""
     schedule = parse_schedule(name)
     prompt = SoftPrompt(start_prompt(model, tokenizer, data.task, config, seed)).to(model.device)
-    run = {**dataclasses.asdict(config), "schedule": name, "seed": seed}
+    run = {**dataclasses.asdict(config), "schedule": name, "seed": seed,
+           "prompt_length": len(prompt.weight)}
     write(folder / "config.json", json.dumps(
         {**run, "stages": schedule, "device": str(model.device), "versions": versions()}, indent=2))
     print(f"\n{name}, seed {seed}: " + ", ".join(
@@ -950,12 +959,13 @@ def tune(model, tokenizer, name: str, data: Data, config: Config, seed: int, fol
     save_prompt(folder / "prompt-last", prompt.weight, config.model)
     prompt.weight.data.copy_(best[0])
     scores, texts = evaluate(final, prompt, tokenizer, data.task, data.validation, config)
-    _, majority = collections.Counter(e.target for e in data.validation).most_common(1)[0]
+    [(common, _)] = collections.Counter(e.target for e in data.validation).most_common(1)
+    majority = METRICS[data.task.metric]([common] * len(texts), data.validation, data.task.labels)
     results = {
         **{key: run[key] for key in ("model", "task", "schedule", "seed", "steps")},
         "best_step": best[2], "dev": best[1], "last_dev": log[-1]["dev"], "validation": scores,
-        "validation_examples": len(texts), "majority": 100 * majority / len(texts),
-        "constant_predictions": len(set(texts)) == 1,
+        "validation_examples": len(texts), "majority": main_score(majority),
+        "constant_predictions": len(set(texts)) == 1 < len(texts),
         "scored_on_full_model": schedule[-1][:2] == (1, 1), "flops_over_pt": over_pt(log[-1]),
         **{key: value for key, value in log[-1].items() if key.endswith(("flops", "seconds"))}}
     write(folder / "predictions.jsonl", jsonl(
@@ -1043,14 +1053,14 @@ def pick_device(name: str):
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not on this machine; use auto or cpu") from None
     return torch.device(name)
 
 
 def new_folder(name: str) -> Path:
     """Make the folder for this command's runs; UserError if it is in use or cannot be made."""
-    folder = Path(name.replace("TIME", time.strftime("%Y-%m-%d_%H%M%S")))
+    folder = Path(time.strftime("runs/%Y-%m-%d_%H%M%S") if name == Config.out else name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         used = any(folder.iterdir())
@@ -1085,7 +1095,7 @@ def main(argv=None) -> list[dict]:
         print(f"fpt.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     summarise(results)
-    print("\nTo use the last prompt:\n"
+    print("\nTo use the best prompt of the last run:\n"
           "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
           f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"
           f"    model = PeftModel.from_pretrained(model, {str(folder / 'prompt')!r})")

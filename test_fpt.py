@@ -823,12 +823,14 @@ def fake_hub(monkeypatch, splits, script=False):
 @pytest.mark.parametrize("name", ["mnli", "record", "xsum"])
 def test_hub_data_sets_become_train_dev_and_validation(name, monkeypatch):
     hub, row, source, target = ROWS[name]
-    splits = {"train": [row] * 20, fpt.TASKS[name].validation: [row] * 4,
-              "test": [{**row, "label": -1}]}
+    column = re.search(r"{(\w+)}", fpt.TASKS[name].source)[1]
+    splits = {"train": [{**row, column: f"{row[column]} {i}"} for i in range(20)],
+              fpt.TASKS[name].validation: [row] * 4, "test": [{**row, "label": -1}]}
     calls = fake_hub(monkeypatch, splits, script=name == "xsum")
     data = fpt.load_data(name, dev=3, limit=2)
     assert len(data.validation) == 2 and len(data.dev) == 3
-    assert len(data.train) == (37 if name == "record" else 17)  # two distinct answers a row
+    assert len(data.train) == (34 if name == "record" else 17)  # two distinct answers a row
+    assert not {row.source for row in data.train} & {row.source for row in data.dev}
     assert {(e.source, e.target) for e in data.validation} == {(source, target)}
     retried = [(hub, {"revision": "refs/convert/parquet"})] if name == "xsum" else []
     assert calls == [(hub, {}), *retried]
@@ -1392,8 +1394,11 @@ def test_the_screen_says_how_to_use_the_prompt_and_it_is_true(run, here):
 
 
 def test_constant_predictions_are_called_out_and_a_partial_end_is(here, tmp_path, capsys):
-    [result] = fpt.main(flags(here, tmp_path / "out", "--schedule", "0.5x0.5:1", "--limit", 1))
-    assert (result["validation_examples"], result["majority"]) == (1, 100)
+    folder = write_task(tmp_path / "task")
+    line = json.dumps({"source": "w01 w02", "target": "no"})
+    (folder / "validation.jsonl").write_text(f"{line}\n{line}\n")  # equal in, equal out
+    [result] = fpt.main(flags(here, tmp_path / "out", "--schedule", "0.5x0.5:1", "--task", folder))
+    assert (result["validation_examples"], result["majority"]) == (2, 100)
     assert result["constant_predictions"] is True
     assert result["scored_on_full_model"] is False and result["flops_over_pt"] < 1
     said = "".join(capsys.readouterr())
@@ -1484,7 +1489,7 @@ BAD_FILES = [  # files of a task folder (None: removed), the file and line to na
         ('{"labels": ["yes", "no"], "metric": "rouge_l"}', "rouge_l"),
         ('{"metric": "accuracy"}', "accuracy"),
         ('{"labels": ["yes", "no", "w01"], "metric": "accuracy_f1"}', "accuracy_f1")]),  # binary
-    ({"train.jsonl": ""}, "task", "0 train"), ({"validation.jsonl": "\n"}, "task", "0 validation"),
+    ({"train.jsonl": ""}, "task", "0 different"), ({"validation.jsonl": "\n"}, "task", "0 validation"),
     *(({"train.jsonl": text}, f"train.jsonl, line {line}", why) for text, line, why in [
         ("{}\n" * 20, 1, "source"), ('{"source": "s", "target": "yes"}\nrubbish\n', 2, ""),
         ('{"source": "s", "target": "yes"}\n\n["s", "yes"]\n', 3, "source"),
