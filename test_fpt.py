@@ -1489,7 +1489,8 @@ BAD_FILES = [  # files of a task folder (None: removed), the file and line to na
         ('{"labels": ["yes", "no"], "metric": "rouge_l"}', "rouge_l"),
         ('{"metric": "accuracy"}', "accuracy"),
         ('{"labels": ["yes", "no", "w01"], "metric": "accuracy_f1"}', "accuracy_f1")]),  # binary
-    ({"train.jsonl": ""}, "task", "0 different"), ({"validation.jsonl": "\n"}, "task", "0 validation"),
+    ({"train.jsonl": ""}, "task", "0 different"),
+    ({"validation.jsonl": "\n"}, "task", "0 validation"),
     *(({"train.jsonl": text}, f"train.jsonl, line {line}", why) for text, line, why in [
         ("{}\n" * 20, 1, "source"), ('{"source": "s", "target": "yes"}\nrubbish\n', 2, ""),
         ('{"source": "s", "target": "yes"}\n\n["s", "yes"]\n', 3, "source"),
