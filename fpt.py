@@ -846,8 +846,8 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
         shape = len(mask), mask.shape[1], batch["labels"].shape[1]
         cost["flops"] += step_flops(partial, *shape)
         cost["pt_flops"] += step_flops(model, *shape)  # plain prompt tuning on the same batch
-        bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, FLOPs "
-                            f"{over_pt(cost):.2f} of pt, dev {shown(best[1]) if best else '-'}")
+        bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, dev "
+                            f"{shown(dev) if log else '?'}, FLOPs {over_pt(cost):.2f} of pt", False)
         if step % config.eval_every == 0 or step == config.steps:
             cost["train_seconds"] += time.perf_counter() - clock
             clock = time.perf_counter()
@@ -856,8 +856,8 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
                 best = prompt.weight.detach().clone(), dev, step
                 save_prompt(folder / "prompt", best[0], config.model)
             cost["eval_seconds"] += time.perf_counter() - clock
-            log.append({"step": step, "stage": stage + 1, "loss": sum(losses) / len(losses),
-                        "dev": dev, **cost})
+            mean = sum(losses) / len(losses)
+            log.append({"step": step, "stage": stage + 1, "loss": mean, "dev": dev, **cost})
             record(log, folder, bar)
             losses, clock = [], time.perf_counter()
     return best, log, final
