@@ -625,7 +625,7 @@ def ask_hub(config: Config) -> None:
     import urllib.error
     import urllib.request
 
-    local = Path(config.model).is_dir() and Path(config.task).is_dir()
+    local = Path(config.model).is_dir() and config.task not in TASKS  # as `load_data` decides
     if local or "HF_HUB_OFFLINE" in os.environ or "huggingface_hub" in sys.modules:
         return
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -1080,7 +1080,7 @@ def main(argv=None) -> list[dict]:
         ask_hub(config)
         data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
         model, tokenizer = load_model(config.model, device, config.precision)
-        label_ids(tokenizer, data.task)
+        label_ids(tokenizer, data.task)  # this line and the next: to refuse before a folder is made
         start_prompt(model, tokenizer, data.task, config, seed=0)
         out = new_folder(config.out)
         print(f"{config.model} on {device} in {config.precision}; {config.task}: "
