@@ -41,10 +41,13 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -62,12 +65,17 @@ def flag(default, text):
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+_MICRO = Path(__file__).parent / "micro"  # the offline default: a model and a task like any other
+
+
 @dataclasses.dataclass
 class Config:
     """Every knob: its flag, its default (batch, updates, rate, P are the paper's), its help."""
 
-    model: str = flag("t5-base", "hub id or folder: T5 v1.0, v1.1, LM-adapted, Flan, mT5 or ByT5")
-    task: str = flag("rte", "a name of the task table, or a folder (task.json, two .jsonl files)")
+    model: str = flag(str(_MICRO / "model"), "hub id or folder: T5 v1.0, v1.1, LM-adapted, Flan, "
+                      "mT5 or ByT5")
+    task: str = flag(str(_MICRO / "rte"), "a name of the task table, or a folder (task.json, "
+                     "train.jsonl, validation.jsonl)")
     schedule: tuple = flag(("cr",), "pt, ld, fr, cr, or depthxwidth:share,...; several run in turn")
     seed: tuple = flag((0,), "of the data order and the initial prompt; several run in turn")
     steps: int = flag(30_000, "updates; the stages scale with it")
@@ -82,13 +90,18 @@ class Config:
     max_source: int = flag(492, "source tokens kept; with 20 prompt vectors the paper's 512")
     precision: str = flag("fp32", "fp32 or bf16")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = flag(0, "CPU threads; 0 means torch's choice. Another number rounds otherwise")
     out: str = flag("runs/TIME", "new folder for what this command writes")
 
 
 def parse_args(argv=None) -> Config:
-    """Flags -> `Config`; one that cannot be read is one line on stderr and exit code 2."""
+    """Flags -> `Config`; one that cannot be read is one line on stderr and exit code 2.
+
+    A task folder may suggest flags ("flags" in its task.json); those of the command line win.
+    """
     parser = argparse.ArgumentParser("fpt.py", allow_abbrev=False, description=(
-        "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows."))
+        "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows. "
+        "Without flags: the comparison of pt and cr that micro/rte/task.json suggests."))
     parser.error = lambda message: parser.exit(2, f"fpt.py: error: {message}; see --help\n")
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
@@ -96,7 +109,26 @@ def parse_args(argv=None) -> Config:
         parser.add_argument(
             "--" + field.name.replace("_", "-"), type=type(value), nargs="+" if several else None,
             default=field.default, help=f"{field.metadata['help']} (default: {value})")
-    return Config(**vars(parser.parse_args(argv)))
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        suggested = suggested_flags(Path(parser.parse_args(given).task))
+    except ValueError as error:
+        parser.error(str(error))
+    return Config(**vars(parser.parse_args([*suggested, *given])))
+
+
+def suggested_flags(folder: Path) -> list[str]:
+    """The flags that a task folder suggests; ValueError if they reach beyond its own training."""
+    try:
+        flags = json.loads((folder / "task.json").read_text(encoding="utf-8"))["flags"].split()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # none; what is wrong with a file that cannot be read, `load_folder` says
+    allowed = ("schedule", "seed", "steps", "batch", "prompt-length", "lr", "eval-every", "dev",
+               "score-examples", "max-source", "threads")
+    for name in flags:
+        if name.startswith("--") and name.split("=")[0].removeprefix("--") not in allowed:
+            raise ValueError(f"{folder / 'task.json'}: flags may not set {name}")
+    return flags
 
 
 if __name__ == "__main__":
@@ -434,6 +466,7 @@ class Task(NamedTuple):
     validation: str = "validation"  # the split that is reported
     max_target: int = 64  # tokens of free text kept, and generated at most; labels stay whole
     prefix: str = "<extra_id_0>"  # how span-corruption targets begin; the official code keeps it
+    flags: str = ""  # of the command line, as a task folder suggests them (`suggested_flags`)
 
 
 _GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"  # full ids: datasets 5 refuses the short ones
@@ -546,7 +579,8 @@ def hub_examples(task: Task, row: dict) -> list[Example]:
 def load_folder(folder: Path):
     """-> task, train and validation examples of a folder; UserError names the file and the line.
 
-    task.json may set `labels`, `metric`, `decoder`, `prefix` (none by default) and `max_target`.
+    task.json may set `labels`, `metric`, `decoder`, `prefix` (none by default), `max_target` and
+    `flags`.
     Lines of train.jsonl and validation.jsonl are {"source": text, "target": text}; for free text a
     target may be a list: the first is learned, any is right.
     """
@@ -579,7 +613,8 @@ def load_folder(folder: Path):
 
 def folder_task(spec: dict) -> Task:
     """The content of a task.json -> `Task`; raises ValueError naming the key."""
-    kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int}
+    kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int,
+             "flags": str}
     if not isinstance(spec, dict):
         raise ValueError("must be an object: {...}")
     for key, value in spec.items():
@@ -1008,14 +1043,207 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
-def summarise(results: list[dict]) -> None:
-    """A line a run: scores beside what they cost."""
-    heads = f"{'dev':>8}{'validation':>12}{'FLOPs/pt':>10}{'seconds':>8}"
-    print(f"\n{'schedule':<24}{'seed':>4}{heads}")
-    for run in results:
-        print(f"{run['schedule']:<24}{run['seed']:>4}{main_score(run['dev']):>8.2f}"
-              f"{main_score(run['validation']):>12.2f}{run['flops_over_pt']:>10.3f}"
-              f"{run['train_seconds']:>8.1f}")
+def read_run(folder: Path) -> dict:
+    """A finished run as its folder tells it: the results, the last prompt, and the curve.
+
+    `curve` has a row per evaluation: update, stage, FLOPs so far (scoring included), dev score, and
+    `best`, the highest dev score so far: that of the prompt that a run stopped here would keep.
+    """
+    config, results = (json.loads((folder / name).read_text(encoding="utf-8"))
+                       for name in ("config.json", "results.json"))
+    log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+    scores = [main_score(row["dev"]) for row in log]
+    curve = [{"step": row["step"], "stage": row["stage"], "dev": score, "best": best,
+              "flops": row["flops"] + row["scoring_flops"]}
+             for row, score, best in zip(log, scores, itertools.accumulate(scores, max))]
+    schedule, steps = parse_schedule(config["schedule"]), config["steps"]
+    whole = [schedule[stage_at(schedule, step, steps)][:2] == (1, 1)
+             for step in range(1, steps + 1)]
+    return {**results, "curve": curve, "prompt": load_prompt(folder / "prompt-last").flatten(),
+            "full_updates": sum(whole)}
+
+
+def by_schedule(runs: list[dict]) -> dict[str, list[dict]]:
+    """{schedule: its runs, in the order of the seeds}."""
+    return {name: [run for run in runs if run["schedule"] == name]
+            for name in dict.fromkeys(run["schedule"] for run in runs)}
+
+
+def mean_curve(runs: list[dict], key: str) -> list[float]:
+    """A column of the curves, evaluation by evaluation, as the mean over the seeds."""
+    return [statistics.mean(row[key] for row in rows)
+            for rows in zip(*(run["curve"] for run in runs))]
+
+
+def stopped(run: dict, key: str, limit: float) -> float:
+    """Best dev score of a run that stops at the first evaluation where `key` reaches `limit`."""
+    curve = run["curve"]
+    return next((row["best"] for row in curve if row[key] >= limit), curve[-1]["best"])
+
+
+def compare(runs: list[dict]) -> list[dict]:
+    """A row per schedule: its scores, seed by seed, and what they cost beside those of `pt`.
+
+    Scores are dev scores of the chosen prompts. Where `pt` ran with the same seeds:
+    flops, seconds: of training, over those of `pt`.
+    pt_equal_flops: `pt` stopped at the FLOPs of this run, or at most one evaluation later; `gain`
+        is the score of this run less that, the paper's column "Improve".
+    pt_full_updates: `pt` stopped after as many updates as this run makes on the full model: what
+        these would reach alone, without the partial stages before them.
+    flops_to_pt: FLOPs at which the mean over seeds reaches 99 % of the final mean of `pt`, over
+        those that `pt` needs for it; None if it never does.
+    """
+    groups, rows = by_schedule(runs), []
+    plain = groups.get("pt")
+
+    def needed(group):
+        goal = 0.99 * mean_curve(plain, "best")[-1]
+        pairs = zip(mean_curve(group, "flops"), mean_curve(group, "best"))
+        return next((flops for flops, score in pairs if score >= goal), None)
+
+    for name, group in groups.items():
+        dev = [main_score(run["dev"]) for run in group]
+        row = {"schedule": name, "seeds": [run["seed"] for run in group], "dev": dev,
+               "validation": [main_score(run["validation"]) for run in group],
+               "full_updates": group[0]["full_updates"]}
+        if plain:
+            flops = [run["curve"][-1]["flops"] for run in group]
+            equal = [stopped(pt, "flops", limit) for pt, limit in zip(plain, flops)]
+            row |= {
+                "flops": [f / pt["curve"][-1]["flops"] for f, pt in zip(flops, plain)],
+                "seconds": [run["train_seconds"] / pt["train_seconds"]
+                            for run, pt in zip(group, plain)],
+                "pt_equal_flops": equal, "gain": [a - b for a, b in zip(dev, equal)],
+                "pt_full_updates": [stopped(pt, "step", row["full_updates"]) for pt in plain],
+                "flops_to_pt": needed(group) and needed(group) / needed(plain)}
+        rows.append(row)
+    return rows
+
+
+def similarity(runs: list[dict]) -> list[dict]:
+    """Mean cosine of final prompts, flattened: of each schedule with `pt` and with itself.
+
+    same_seed: same start and same batches. What makes it mean something are the controls:
+    other_seed, and the last row, random prompts of the same shape.
+    """
+    def cosine(pairs):
+        found = [nn.functional.cosine_similarity(a, b, dim=0).item() for a, b in pairs]
+        return statistics.mean(found) if found else None
+
+    def pairs(first, second, same):
+        return [(a["prompt"], b["prompt"]) for a in runs for b in runs
+                if (a["schedule"], b["schedule"]) == (first, second) and a is not b
+                and (a["seed"] == b["seed"]) is same]
+
+    names = by_schedule(runs)
+    rows = [{"schedules": [first, second], "same_seed": cosine(pairs(first, second, True)),
+             "other_seed": cosine(pairs(first, second, False))}
+            for second in names for first in names if first in ("pt", second)]
+    drawn = torch.randn(2, 100, len(runs[0]["prompt"]), generator=rng("random prompts"))
+    return [*rows, {"schedules": ["random"], "same_seed": None, "other_seed": cosine(zip(*drawn))}]
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean (Student's t); None for a single value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean ± standard deviation over seeds, as text; the deviation needs two of them."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def report(folders: list[Path], out: Path) -> None:
+    """The comparison of finished runs: tables on the screen, comparison.json and comparison.png."""
+    runs = [read_run(folder) for folder in folders]
+    rows, cosines = compare(runs), similarity(runs)
+    print(tables(runs, rows, cosines))
+    write(out / "comparison.json", json.dumps(
+        {"versions": versions(), "schedules": rows, "cosines": cosines}, indent=2))
+    picture = io.BytesIO()
+    figure(runs).savefig(picture, dpi=150)
+    write(out / "comparison.png", picture.getvalue())
+    print(f"\nFigure: {out / 'comparison.png'}; its numbers: comparison.json; every run: {out}")
+
+
+def tables(runs: list[dict], rows: list[dict], cosines: list[dict]) -> str:
+    """Every run; the means over seeds, as `compare` returns them; the cosines of `similarity`."""
+    from tabulate import tabulate
+
+    each = tabulate(
+        [[run["schedule"], run["seed"], main_score(run["dev"]), main_score(run["validation"]),
+          run["best_step"], run["flops_over_pt"], run["train_seconds"]] for run in runs],
+        ["schedule", "seed", "dev", "validation", "chosen at", "FLOPs / pt's", "seconds"],
+        floatfmt=("", "", ".1f", ".1f", "", ".3f", ".1f"))
+    means = tabulate(
+        [[row["schedule"] + "*" * (not row["full_updates"]), spread(row["dev"]),
+          spread(row["validation"]), *(against_pt(row) if "flops" in row else [])] for row in rows],
+        ["schedule", "dev", "validation", "FLOPs\n/ pt's", "seconds\n/ pt's",
+         "pt at the\nsame FLOPs", "gain over it\n[95 % interval]", "full updates\nalone",
+         "FLOPs to 99 %\nof pt, / pt's"][:9 if "flops" in rows[0] else 3],
+        floatfmt=("", "", "", ".3f", ".2f", "", "", "", ".2f"), missingval="-")
+    pairs = tabulate([[" and ".join(row["schedules"]), row["same_seed"], row["other_seed"]]
+                      for row in cosines], ["of", "same seed", "other seed"], floatfmt=".3f",
+                     missingval="-")
+    return (f"\nEvery run\n{each}\n\nMean ± standard deviation over seeds "
+            "(*: scored on its partial model, not on the full one)\n"
+            f"{means}\n\nCosine of final prompts\n{pairs}")
+
+
+def against_pt(row: dict) -> list:
+    """The cells of a row of `compare` that set it beside `pt`."""
+    cells = [statistics.mean(row["flops"]), statistics.mean(row["seconds"]), None, None, None,
+             row["flops_to_pt"] or "never"]
+    if row["schedule"] != "pt":
+        bounds = interval(row["gain"])
+        cells[2:4] = spread(row["pt_equal_flops"]), f"{statistics.mean(row['gain']):+.1f}" + (
+            f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
+        cells[4] = spread(row["pt_full_updates"]) if row["full_updates"] else None
+    return cells
+
+
+def figure(runs: list[dict]):
+    """Dev score against cumulative training FLOPs, as a matplotlib Figure that is legible in grey.
+
+    Thick: the best score so far, mean over seeds; thin: each seed as it was measured. A ring marks
+    a growth, and a dotted line the gain over `pt` at the FLOPs where a schedule ends.
+    """
+    from matplotlib.figure import Figure
+
+    plot, groups, ends = Figure(figsize=(7, 4.2), layout="constrained"), by_schedule(runs), {}
+    axes, unit = plot.subplots(), mean_curve(groups["pt"], "flops")[-1] if "pt" in groups else 1
+    for i, (name, group) in enumerate(groups.items()):
+        color, line = (("0.5", "--"), ("0", "-"), ("0.3", "-."), ("0.65", ":"))[i % 4]
+        look = {"color": color, "linestyle": line}
+        for run in group:
+            axes.plot([row["flops"] / unit for row in run["curve"]],
+                      [row["dev"] for row in run["curve"]], **look, linewidth=0.6, alpha=0.5)
+        x, y = [flops / unit for flops in mean_curve(group, "flops")], mean_curve(group, "best")
+        label = name + "*" * (not group[0]["full_updates"])
+        axes.plot(x, y, **look, linewidth=2.4, label=f"{label}: best so far, {len(group)} seed(s)")
+        stages = [row["stage"] for row in group[0]["curve"]]
+        grown = [k for k in range(len(x) - 1) if stages[k] != stages[k + 1]]
+        axes.plot([x[k] for k in grown], [y[k] for k in grown], "o", color=color,
+                  markerfacecolor="white", zorder=3)
+        axes.annotate(f"{name} {y[-1]:.1f}", (x[-1], y[-1]), va="bottom", ha="right")
+        ends[name] = x[-1], y[-1]
+    for x, y in ends.values():
+        if "pt" in ends and x < ends["pt"][0]:
+            other = statistics.mean(stopped(run, "flops", x * unit) for run in groups["pt"])
+            axes.plot([x, x], [other, y], ":", color="black")
+            axes.annotate(f" pt at the same FLOPs {other:.1f}", (x, other), va="top")
+    axes.plot([], [], "o", color="black", markerfacecolor="white", label="the model grows")
+    axes.plot([], [], color="black", linewidth=0.6, label="thin: one seed")
+    axes.set(xlabel="training FLOPs" + (" (1: all of pt's)" if "pt" in groups else ""),
+             ylabel="dev score of the full model (*: of a partial one), %")
+    axes.legend(frameon=False, loc="lower right")
+    return plot
 
 
 # ====== main ======================================================================================
@@ -1024,7 +1252,7 @@ def summarise(results: list[dict]) -> None:
 def check(config: Config) -> None:
     """Refuse what is known to fail before anything is loaded; raises UserError."""
     for name, value in vars(config).items():
-        least = 0 if name == "limit" else 1
+        least = 0 if name in ("limit", "threads") else 1
         if isinstance(value, int) and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if not 0 < config.lr < math.inf:
@@ -1077,6 +1305,8 @@ def main(argv=None) -> list[dict]:
     try:
         check(config)
         device = pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         ask_hub(config)
         data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
         model, tokenizer = load_model(config.model, device, config.precision)
@@ -1086,19 +1316,20 @@ def main(argv=None) -> list[dict]:
         print(f"{config.model} on {device} in {config.precision}; {config.task}: "
               f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
               f"examples; writes {out}")
-        results = []
+        results, folders = [], []
         for seed in config.seed:
             for name in config.schedule:
-                folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
-                results.append(tune(model, tokenizer, name, data, config, seed, folder))
+                folders.append(out / f"{re.sub('[:,]', '_', name)}-seed{seed}")
+                results.append(tune(model, tokenizer, name, data, config, seed, folders[-1]))
     except UserError as error:
         print(f"fpt.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    summarise(results)
+    if len(results) > 1:
+        report(folders, out)
     print("\nTo use the best prompt of the last run:\n"
           "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
           f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"
-          f"    model = PeftModel.from_pretrained(model, {str(folder / 'prompt')!r})")
+          f"    model = PeftModel.from_pretrained(model, {str(folders[-1] / 'prompt')!r})")
     return results
 
 

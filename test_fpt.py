@@ -9,6 +9,7 @@ import builtins
 import copy
 import dataclasses
 import http.server
+import importlib.util
 import json
 import math
 import os
@@ -1323,7 +1324,8 @@ def run(here, tmp_path_factory):
 
 def test_a_run_leaves_its_files_and_main_returns_what_they_say(run, here):
     names = ["pt-seed0", "cr-seed0", "pt-seed1", "cr-seed1"]
-    assert sorted(path.name for path in run.out.iterdir()) == sorted(names)
+    assert sorted(path.name for path in run.out.iterdir()) == sorted(
+        [*names, "comparison.json", "comparison.png"])
     for name, result in zip(names, run.results, strict=True):
         folder = run.out / name
         assert files(folder) == RUN_FILES  # and no draft of an atomic write
@@ -1471,7 +1473,8 @@ BAD_FLAGS = [  # flags, what the line must say
     ("--init nope", "nope"), ("--prompt-length 99 --init vocab", "99"),
     ("--limit -1", "--limit.*at least 0"), ("--lr 0", "--lr"), ("--lr nan", "--lr"),
     ("--lr inf", "--lr"), *((f"--{name} 0", f"--{name}.*at least 1") for name in (
-        "steps", "batch", "dev", "eval-every", "prompt-length", "score-examples", "max-source"))]
+        "steps", "batch", "dev", "eval-every", "prompt-length", "score-examples", "max-source")),
+    ("--threads -1", "--threads.*at least 0")]
 
 
 @pytest.mark.parametrize(("more", "says"), BAD_FLAGS)
@@ -1589,6 +1592,238 @@ def test_a_loss_that_is_not_finite_ends_the_program(here, tmp_path, capfd):
         files(tmp_path / "out"))
 
 
+# ====== The comparison of runs ====================================================================
+
+
+def fake_run(folder, schedule, seed, devs, flops, prompt=(1.0, 0.0), scoring=0, seconds=1.0):
+    """The files of a run of 10 updates with an evaluation every 2, as `tune` writes them."""
+    stages = fpt.parse_schedule(schedule)
+    folder = folder / f"{schedule}-seed{seed}"
+    folder.mkdir(parents=True)
+    log = [{"step": 2 * k, "stage": fpt.stage_at(stages, 2 * k, 10) + 1, "flops": used,
+            "scoring_flops": scoring, "dev": {"accuracy": dev}}
+           for k, (dev, used) in enumerate(zip(devs, flops, strict=True), 1)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    (folder / "config.json").write_text(json.dumps({"schedule": schedule, "steps": 10}))
+    (folder / "results.json").write_text(json.dumps({
+        "schedule": schedule, "seed": seed, "dev": {"accuracy": max(devs)}, "best_step": 2,
+        "validation": {"accuracy": max(devs) - 1}, "train_seconds": seconds, "flops_over_pt": 1}))
+    fpt.save_prompt(folder / "prompt-last", torch.tensor([prompt]), "tiny")
+    return folder
+
+
+@pytest.fixture
+def fakes(tmp_path):
+    """Two seeds of pt and of a schedule that runs updates 1-6 on a half and 7-10 on the whole."""
+    grow = "0.5x1:0.6,1x1:0.4"
+    return [
+        fake_run(tmp_path, "pt", 0, [50, 60, 90, 80, 100], [20, 40, 60, 80, 100], seconds=8.0),
+        fake_run(tmp_path, grow, 0, [50, 55, 70, 98, 99], [10, 20, 30, 50, 70], (1.0, 1.0), 1, 6.0),
+        fake_run(tmp_path, "pt", 1, [50, 70, 60, 90, 98], [22, 44, 66, 88, 110], (0.0, 2.0)),
+        fake_run(tmp_path, grow, 1, [50, 55, 60, 99, 97], [11, 22, 33, 55, 76], (-3.0, 3.0), 1)]
+
+
+def test_a_comparison_by_hand(fakes):
+    pt, cr = fpt.compare([fpt.read_run(folder) for folder in fakes])
+    assert (pt["schedule"], pt["seeds"], cr["seeds"]) == ("pt", [0, 1], [0, 1])
+    assert (pt["dev"], cr["dev"]) == ([100, 98], [99, 99])
+    assert (pt["validation"], cr["validation"]) == ([99, 97], [98, 98])
+    assert cr["flops"] == [71 / 100, 77 / 110] and pt["flops"] == [1, 1]
+    assert cr["seconds"] == [6 / 8, 1]
+    # Of pt at 71 FLOPs the next evaluation is at 80, the best until then 90; at 77: 88, and 90.
+    assert cr["pt_equal_flops"] == [90, 90] and cr["gain"] == [9, 9] and pt["gain"] == [0, 0]
+    # Four updates on the full model: what pt has after update 4.
+    assert (cr["full_updates"], pt["full_updates"]) == (4, 10)
+    assert cr["pt_full_updates"] == [60, 70] and pt["pt_full_updates"] == [100, 98]
+    # The mean of pt ends at 99 and passes 98.01 at its last evaluation, 105 FLOPs. The mean of the
+    # other, best so far, is 98.5 at its fourth: (51 + 56) / 2 FLOPs.
+    assert (pt["flops_to_pt"], cr["flops_to_pt"]) == (1, pytest.approx(53.5 / 105))
+
+
+def test_a_schedule_that_never_reaches_pt_and_one_without_it(fakes, tmp_path):
+    row = fake_run(tmp_path / "row", "0.5x1:1", 0, [50, 51, 52, 53, 54], [1, 2, 3, 4, 5])
+    runs = [fpt.read_run(folder) for folder in (fakes[0], row)]
+    never = fpt.compare(runs)[1]
+    assert never["flops_to_pt"] is None and never["full_updates"] == 0
+    assert fpt.against_pt(never)[2:] == ["50.0", "+4.0", None, "never"]
+    [alone] = fpt.compare(runs[1:])
+    assert "flops" not in alone and alone["dev"] == [54]
+    assert len(fpt.figure(runs[1:]).axes[0].lines) > 0
+
+
+def test_similarity_by_hand(fakes):
+    rows = fpt.similarity([fpt.read_run(folder) for folder in fakes])
+    assert [row["schedules"] for row in rows] == [
+        ["pt", "pt"], ["pt", "0.5x1:0.6,1x1:0.4"], ["0.5x1:0.6,1x1:0.4"] * 2, ["random"]]
+    half = math.sqrt(0.5)  # the cosine of 45 degrees
+    assert [row["same_seed"] for row in rows] == [None, pytest.approx(half), None, None]
+    assert [row["other_seed"] for row in rows][:3] == [
+        pytest.approx(0), pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6)]
+    assert abs(rows[3]["other_seed"]) < 1
+
+
+def test_random_prompts_are_orthogonal_where_they_are_long():
+    runs = [{"schedule": "pt", "seed": seed, "prompt": torch.ones(1280)} for seed in (0, 1)]
+    same, random_ones = fpt.similarity(runs)
+    assert same["other_seed"] == pytest.approx(1)
+    assert abs(random_ones["other_seed"]) < 4 / math.sqrt(1280 * 100)  # 100 pairs, 4 deviations
+
+
+def test_intervals_and_spreads_by_hand():
+    assert fpt.interval([1.0]) is None and fpt.spread([1.0]) == "1.0"
+    # Two values: t(0.975, 1) is tan(0.475 pi) = 12.706, and the standard error half their distance.
+    assert fpt.interval([1.0, 3.0]) == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-4)
+    assert fpt.interval([5.0, 5.0]) == (5, 5)
+    assert fpt.spread([1.0, 3.0], 2) == "2.00 ± 1.41"
+
+
+def test_the_figure_draws_what_the_logs_say(fakes):
+    axes = fpt.figure([fpt.read_run(folder) for folder in fakes]).axes[0]
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    assert ([20 / 105, 40 / 105, 60 / 105, 80 / 105, 100 / 105], [50, 60, 90, 80, 100]) in lines
+    thick = [line for line in lines if line[1] == [50, 55, 65, 98.5, 99]]  # means, best so far
+    assert thick and thick[0][0] == pytest.approx([11.5 / 105, 22 / 105, 32.5 / 105, 53.5 / 105,
+                                                   74 / 105])
+    rings = [line for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [list(ring.get_ydata()) for ring in rings if len(ring.get_ydata())] == [[65]]
+    assert {"pt 99.0", " pt at the same FLOPs 90.0"} <= {text.get_text() for text in axes.texts}
+
+
+def test_the_comparison_holds_what_the_run_folders_hold(run):
+    found = json.loads((run.out / "comparison.json").read_text())
+    assert (run.out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    pt, cr = found["schedules"]
+    for row in pt, cr:
+        runs = [json.loads((run.out / f"{row['schedule']}-seed{seed}" / "results.json").read_text())
+                for seed in row["seeds"]]
+        assert row["seeds"] == [0, 1]
+        for key in "dev", "validation":
+            assert row[key] == [result[key]["accuracy"] for result in runs]
+        assert row["flops"] == pytest.approx([result["flops_over_pt"] for result in runs])
+    for seed, equal, alone in zip((0, 1), cr["pt_equal_flops"], cr["pt_full_updates"]):
+        log = read_jsonl(run.out / f"pt-seed{seed}" / "log.jsonl")  # evaluations at 4, 8, 10
+        assert alone == log[0]["dev"]["accuracy"]  # four updates of the full model
+        assert equal == max(row["dev"]["accuracy"] for row in log[:2 if cr["flops"][seed] <= 0.8
+                                                                   else 3])
+    prompts = {(name, seed): fpt.load_prompt(run.out / f"{name}-seed{seed}/prompt-last").flatten()
+               for name in ("pt", "cr") for seed in (0, 1)}
+    [row] = [row for row in found["cosines"] if row["schedules"] == ["pt", "cr"]]
+    for key, seeds in ("same_seed", [(0, 0), (1, 1)]), ("other_seed", [(0, 1), (1, 0)]):
+        cosines = [(prompts["pt", a] @ prompts["cr", b]
+                    / prompts["pt", a].norm() / prompts["cr", b].norm()).item() for a, b in seeds]
+        assert row[key] == pytest.approx(sum(cosines) / 2, abs=1e-6)
+    for text in "comparison.png", "full updates", "gain over it", "other seed":
+        assert text in run.text
+
+
+# ====== The offline default =======================================================================
+
+MICRO = ROOT / "micro"
+
+
+@pytest.fixture(scope="module")
+def make():
+    """micro/make.py as a module."""
+    spec = importlib.util.spec_from_file_location("make", MICRO / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def micro_rows(split):
+    return [(row["source"], row["target"]) for row in read_jsonl(MICRO / "rte" / f"{split}.jsonl")]
+
+
+def test_the_default_command_without_flags_of_its_own(tmp_path):
+    """A few steps of `python fpt.py`, from another folder, where the hub cannot be reached."""
+    done = python(ROOT / "fpt.py", "--steps", 8, "--eval-every", 4, "--dev", 40, "--limit", 40,
+                  cwd=tmp_path, HF_HUB_OFFLINE=None, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    [out] = (tmp_path / "runs").iterdir()
+    names = {path.name for path in out.iterdir()}
+    assert names == {"pt-seed0", "cr-seed0", "pt-seed1", "cr-seed1", "comparison.json",
+                     "comparison.png"}
+    assert str(Path("runs") / out.name / "comparison.png") in done.stdout
+    assert "does not answer" not in done.stdout and "gain over it" in done.stdout
+    settings = json.loads((out / "cr-seed1" / "config.json").read_text())
+    assert (settings["steps"], settings["threads"], settings["prompt_length"]) == (8, 1, 20)
+    assert settings["model"] == str(MICRO / "model")
+
+
+def test_flags_of_a_task_folder_give_way_to_those_of_the_command(tmp_path):
+    folder = write_task(tmp_path / "task", flags="--steps 7 --schedule pt fr --seed 3 4")
+    settings = fpt.parse_args(["--task", str(folder), "--schedule", "ld"])
+    assert (settings.steps, settings.schedule, settings.seed) == (7, ["ld"], [3, 4])
+    assert fpt.parse_args(["--task", "rte"]).steps == 30_000
+    assert fpt.parse_args([]).schedule == ["pt", "cr"]  # the offline default
+
+
+@pytest.mark.parametrize(("suggested", "says"), [
+    ("--out /tmp", "may not set --out"), ("--model=evil/model", "may not set --model"),
+    ("--init x", "may not set --init"), ("--task rte", "may not set --task"),
+    ("--steps many", "--steps.*many"), ("stray", "stray"), (5, "'flags'.*wrong type")])
+def test_flags_that_a_task_folder_may_not_suggest(suggested, says, tmp_path, refused):
+    line = refused("--task", write_task(tmp_path / "task", flags=suggested))
+    assert re.search(says, line), line
+
+
+def test_the_micro_model_has_the_vocabulary_of_make_and_is_small(make):
+    model, tokenizer = fpt.load_model(str(MICRO / "model"), torch.device("cpu"), "fp32")
+    assert sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get) == make.VOCABULARY
+    assert model.shared.weight.shape == (len(make.VOCABULARY), 64)
+    assert sum(path.stat().st_size for path in (MICRO / "model").iterdir()) <= 2.5e6
+    unknown = {word for split in ("train", "validation") for row in micro_rows(split)
+               for word in " ".join(row).split()} - set(make.VOCABULARY)
+    assert not unknown
+    text = "sentence1: a red dog runs in the park <extra_id_9>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text + " </s>"
+
+
+def test_the_micro_task_is_large_enough_and_its_splits_do_not_overlap():
+    train, validation = micro_rows("train"), micro_rows("validation")
+    assert len(train) >= 4000 and len(validation) >= 1000
+    sources = [source for source, _ in train + validation]
+    assert len(set(sources)) == len(sources)
+    for rows in train, validation:
+        assert 0.45 < sum(target == "yes" for _, target in rows) / len(rows) < 0.55
+
+
+def test_the_labels_of_the_micro_task_by_the_words_alone(make):
+    """Entailed: each content word of the second sentence is in the first, or is the kind of one
+    that is. What `make` knows of slots and order is not used."""
+    for split in "train", "validation":
+        for source, target in micro_rows(split):
+            first, second = (set(part.split()) - set("a an in the".split()) for part in
+                             source.removeprefix("sentence1: ").split(" sentence2: "))
+            implied = first | {make.KIND[word] for word in first if word in make.KIND}
+            assert (second <= implied) is (target == "yes"), source
+
+
+def test_the_micro_model_knows_entailment_and_not_the_shipped_question(make):
+    """What a prompt has to call up is there, in the whole and in parts; unprompted it is not."""
+    model, tokenizer = fpt.load_model(str(MICRO / "model"), torch.device("cpu"), "fp32")
+    assert make.exact(model, tokenizer, make.entailment) > 98
+    for depth in 0.25, 0.5, 0.75:
+        part = fpt.partial_t5(model, depth, 1, decoder=False)
+        assert make.exact(part, tokenizer, make.entailment) > 95
+    data = fpt.load_data(str(MICRO / "rte"), dev=500, limit=300)
+    nothing = fpt.SoftPrompt(torch.zeros(0, 64))
+    scores, _ = fpt.evaluate(model, nothing, tokenizer, data.task, data.validation, config())
+    assert scores["accuracy"] < 65
+
+
+def test_make_is_deterministic_and_makes_what_is_shipped(make, tmp_path, capsys):
+    for name in "first", "second":
+        make.main(["--out", str(tmp_path / name), "--steps", "3"])
+    assert files(tmp_path / "first") == files(tmp_path / "second")
+    for name in files(tmp_path / "first"):
+        first = (tmp_path / "first" / name).read_bytes()
+        assert first == (tmp_path / "second" / name).read_bytes()
+        if name.startswith("rte/"):  # the model's files depend on steps and versions
+            assert first == (MICRO / name).read_bytes(), name
+    assert "entailment with 25% of the encoder" in capsys.readouterr().out
+
+
 # ====== In processes of their own =================================================================
 
 
@@ -1639,7 +1874,9 @@ DOCUMENTS = ("README.md", "tutorial.md")
 PLUMBING = """UserError flag parse_args Config Task Example Data load_data load_hub hub_examples
 load_folder folder_task hub_failure ask_hub load_model label_ids collate rng batches accuracy em_f1
 rouge_l evaluate adafactor score_on_train stop_nonfinite main_score over_pt progress write jsonl
-shown record tune start_prompt versions summarise check pick_device new_folder main""".split()
+shown record tune start_prompt versions read_run by_schedule mean_curve stopped compare similarity
+interval spread report tables against_pt figure suggested_flags check pick_device new_folder
+main""".split()
 # Public, but not the method: the tutorial need not mention these.
 
 
@@ -1702,7 +1939,8 @@ def test_commands_parse():
             assert not command.rstrip().endswith("\\"), command
             settings = fpt.parse_args(shlex.split(command, comments=True)[2:])
             assert [fpt.parse_schedule(schedule) for schedule in settings.schedule]
-            assert settings.task in fpt.TASKS or settings.task.isupper(), command  # FOLDER
+            assert (settings.task in fpt.TASKS or settings.task.isupper()  # FOLDER
+                    or settings.task in (fpt.Config.task, "micro/rte")), command
             assert settings.precision in ("fp32", "bf16")
 
 
@@ -1768,13 +2006,13 @@ def test_requirements_are_bounded_with_a_reason_each_and_met_here():
         assert requirement.specifier.contains(version(requirement.name), prereleases=True), line
     listed = {re.match(r"[\w-]+", line)[0] for line in lines}
     come_along = {"tokenizers", "packaging", "fpt"}  # with transformers, with pytest, here
-    for name in "fpt.py", "test_fpt.py":
+    for name in "fpt.py", "test_fpt.py", "micro/make.py":
         used = {"scikit-learn" if package == "sklearn" else package
                 for package in imported(ast.walk(ast.parse(document(name))))}
         assert used - sys.stdlib_module_names - come_along <= listed
 
 
-@pytest.mark.parametrize("name", ["fpt.py", "test_fpt.py"])
+@pytest.mark.parametrize("name", ["fpt.py", "test_fpt.py", "micro/make.py"])
 def test_style(name):
     text = document(name)
     assert not [f"{i}: {line}" for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
