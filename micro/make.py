@@ -176,7 +176,7 @@ def kind(rng):
 MIXTURE = {spans: 4, entailment: 8, wrong: 4, general: 2, second: 1, ask: 2, shared: 2, find: 1,
            kind: 1}  # examples of each, of 25
 SENTINELS = 10
-FLAGS = "--schedule pt cr --seed 0 1 --steps 500 --eval-every 25 --threads 1"  # of `python fpt.py`
+FLAGS = "--schedule pt cr --seed 0 1 --steps 400 --eval-every 20 --threads 1"  # of `python fpt.py`
 VOCABULARY = ["<pad>", "</s>", "<unk>", *dict.fromkeys([
     *"a an in the sentence1: sentence2: word: yes no present absent none".split(),
     "not_entailment", *(task.__name__ for task in MIXTURE if task not in (spans, ask)), *SLOTS,
