@@ -1,7 +1,8 @@
 """FPT: Fast Prompt Tuning by progressive training, in one file.
 
-    python fpt.py --model t5-base --task rte           # FPT: schedule cr, the paper's 30,000 steps
-    python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2
+    python fpt.py                             # offline, two minutes: pt against cr on a micro T5
+    python fpt.py --model t5-base --task rte  # FPT: schedule cr, the paper's 30,000 updates
+    python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # and a comparison
     python fpt.py --model PATH/TO/T5 --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000
 
 Prompt tuning (PT, Lester et al. 2021) learns P vectors in front of the input embeddings of a
@@ -16,6 +17,7 @@ to the full model. The same prompt is carried ("recycled") through every growth.
     progressive training                   Stage, SCHEDULES, stage_at, train
     FLOPs (there: forward, linear layers)  step_flops
     prompt tuning (PT)                     SoftPrompt, init_prompt
+    "Improve": PT at the same FLOPs        compare
 
 What this is not: a library of tuning methods (PEFT is; the prompts saved here load there), a way
 to tune weights, or for models other than T5s. Lines that differ on purpose from the authors' code
