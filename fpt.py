@@ -1227,8 +1227,8 @@ def figure(runs: list[dict]):
             axes.plot([row["flops"] / unit for row in run["curve"]],
                       [row["dev"] for row in run["curve"]], **look, linewidth=0.6, alpha=0.5)
         x, y = [flops / unit for flops in mean_curve(group, "flops")], mean_curve(group, "best")
-        label = name + "*" * (not group[0]["full_updates"])
-        axes.plot(x, y, **look, linewidth=2.4, label=f"{label}: best so far, {len(group)} seed(s)")
+        label = name if group[0]["full_updates"] else f"{name} (its partial model)"
+        axes.plot(x, y, **look, linewidth=2.4, label=f"{label}: best so far, n = {len(group)}")
         stages = [row["stage"] for row in group[0]["curve"]]
         grown = [k for k in range(len(x) - 1) if stages[k] != stages[k + 1]]
         axes.plot([x[k] for k in grown], [y[k] for k in grown], "o", color=color,
@@ -1243,7 +1243,7 @@ def figure(runs: list[dict]):
     axes.plot([], [], "o", color="black", markerfacecolor="white", label="the model grows")
     axes.plot([], [], color="black", linewidth=0.6, label="thin: one seed")
     axes.set(xlabel="training FLOPs" + (" (1: all of pt's)" if "pt" in groups else ""),
-             ylabel="dev score of the full model (*: of a partial one), %")
+             ylabel="dev score of the full model, %")
     axes.legend(frameon=False, loc="lower right")
     return plot
 
