@@ -1957,6 +1957,51 @@ def test_names_in_the_text_exist(name):
         assert option in options, option
 
 
+def evidence(name):
+    return json.loads((ROOT / "evidence" / f"{name}.json").read_text())
+
+
+def cells(row):
+    """A schedule of a record as a row of the tutorial's tables."""
+    found = [fpt.spread(row["dev"]), fpt.spread(row["validation"]), *fpt.against_pt(row)]
+    digits = ["", "", ".3f", ".2f", "", "", "", ".2f"]
+    return " | ".join("" if cell is None else format(cell, "" if isinstance(cell, str) else digit)
+                      for cell, digit in zip(found, digits))
+
+
+@pytest.mark.parametrize("name", ["micro", "micro-long", "micro-whole", "micro-other"])
+def test_quoted_results_are_those_of_the_record(name):
+    for row in evidence(name)["schedules"]:
+        assert f"| `{row['schedule']}` | {cells(row)} |" in document("tutorial.md")
+
+
+def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
+    record, tutorial, readme = evidence("micro"), document("tutorial.md"), document("README.md")
+    pt, cr = record["schedules"]
+    for row in pt["dev"], cr["dev"], cr["pt_equal_flops"]:
+        assert " | ".join(f"{score:.1f}" for score in row) in tutorial
+    assert f"| dev accuracy | {fpt.spread(pt['dev'])} | {fpt.spread(cr['dev'])} |" in readme
+    assert f"| training FLOPs | 1 | {sum(cr['flops']) / len(cr['flops']):.3f} |" in readme
+    assert f"same FLOPs | | {fpt.spread(cr['pt_equal_flops'])} |" in readme
+    for half in cr["gain"][:8], cr["gain"][8:]:
+        low, high = fpt.interval(half)
+        assert f"{sum(half) / 8:.1f} [{low:.1f}, {high:.1f}]" in tutorial
+    for row in record["cosines"][:3]:
+        for key in "same_seed", "other_seed":
+            assert row[key] is None or f"{row[key]:.3f}" in tutorial
+
+
+def test_what_the_offline_default_was_required_to_show():
+    """The shipped record, not a new run: score within a point, cost, gain and speed over 16 seeds;
+    and the gain on the seeds that nothing was chosen by."""
+    pt, cr = evidence("micro")["schedules"]
+    mean = {key: sum(cr[key]) / 16 for key in ("dev", "flops", "pt_full_updates")}
+    assert cr["seeds"] == pt["seeds"] == list(range(16))
+    assert mean["dev"] > sum(pt["dev"]) / 16 - 1 and mean["flops"] <= 0.7
+    assert fpt.interval(cr["gain"])[0] > 0 and fpt.interval(cr["gain"][8:])[0] > 0
+    assert cr["flops_to_pt"] <= 0.7 and mean["pt_full_updates"] < mean["dev"] - 20
+
+
 def definitions():
     """The functions and classes of fpt.py at module level."""
     return [node for node in ast.parse(FPT).body

@@ -1,6 +1,6 @@
 """Make the offline default of fpt.py: a micro T5, pre-trained here, and a task it was never asked.
 
-    python micro/make.py                           # micro/model and micro/rte
+    python micro/make.py                           # micro/model and micro/rte, in 6 to 10 minutes
     python micro/make.py --out /tmp/whole --whole  # the same without random sub-networks
     python micro/make.py --out /tmp/short --steps 500
 
@@ -313,7 +313,9 @@ def main(argv=None) -> None:
     parser.add_argument("--whole", action="store_true", help="no random sub-networks")
     args = parser.parse_args(argv)
     import fpt
+    import transformers
 
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the sum of two threads depends on how they share the work
     torch.manual_seed(args.seed)
     write_task(args.out / "rte", rte(6000), validation=1000, flags=FLAGS)
