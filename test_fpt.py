@@ -1969,7 +1969,8 @@ def cells(row):
                       for cell, digit in zip(found, digits))
 
 
-@pytest.mark.parametrize("name", ["micro", "micro-long", "micro-whole", "micro-other"])
+@pytest.mark.parametrize("name", ["micro", "micro-long", "micro-whole",
+                                  "micro-whole-long", "micro-other"])
 def test_quoted_results_are_those_of_the_record(name):
     for row in evidence(name)["schedules"]:
         assert f"| `{row['schedule']}` | {cells(row)} |" in document("tutorial.md")
