@@ -104,7 +104,8 @@ def parse_args(argv=None) -> Config:
     parser = argparse.ArgumentParser("fpt.py", allow_abbrev=False, description=(
         "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows. "
         "Without flags: the comparison of pt and cr that micro/rte/task.json suggests."))
-    parser.error = lambda message: parser.exit(2, f"fpt.py: error: {message}; see --help\n")
+    where = ""
+    parser.error = lambda message: parser.exit(2, f"fpt.py: error: {where}{message}; see --help\n")
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         value = field.default[0] if several else field.default
@@ -112,11 +113,12 @@ def parse_args(argv=None) -> Config:
             "--" + field.name.replace("_", "-"), type=type(value), nargs="+" if several else None,
             default=field.default, help=f"{field.metadata['help']} (default: {value})")
     given = sys.argv[1:] if argv is None else argv
+    task = Path(parser.parse_args(given).task)
+    where = f"{task / 'task.json'}, flags: "  # what was given has just been read without an error
     try:
-        suggested = suggested_flags(Path(parser.parse_args(given).task))
+        return Config(**vars(parser.parse_args([*suggested_flags(task), *given])))
     except ValueError as error:
         parser.error(str(error))
-    return Config(**vars(parser.parse_args([*suggested, *given])))
 
 
 def suggested_flags(folder: Path) -> list[str]:
@@ -129,7 +131,7 @@ def suggested_flags(folder: Path) -> list[str]:
                "score-examples", "max-source", "threads")
     for name in flags:
         if name.startswith("--") and name.split("=")[0].removeprefix("--") not in allowed:
-            raise ValueError(f"{folder / 'task.json'}: flags may not set {name}")
+            raise ValueError(f"may not set {name}")
     return flags
 
 
@@ -1107,7 +1109,8 @@ def compare(runs: list[dict]) -> list[dict]:
         dev = [main_score(run["dev"]) for run in group]
         row = {"schedule": name, "seeds": [run["seed"] for run in group], "dev": dev,
                "validation": [main_score(run["validation"]) for run in group],
-               "full_updates": group[0]["full_updates"]}
+               "full_updates": group[0]["full_updates"],
+               "scored_on_full_model": group[0]["scored_on_full_model"]}
         if plain:
             flops = [run["curve"][-1]["flops"] for run in group]
             equal = [stopped(pt, "flops", limit) for pt, limit in zip(plain, flops)]
@@ -1184,7 +1187,7 @@ def tables(runs: list[dict], rows: list[dict], cosines: list[dict]) -> str:
         ["schedule", "seed", "dev", "validation", "chosen at", "FLOPs / pt's", "seconds"],
         floatfmt=("", "", ".1f", ".1f", "", ".3f", ".1f"))
     means = tabulate(
-        [[row["schedule"] + "*" * (not row["full_updates"]), spread(row["dev"]),
+        [[row["schedule"] + "*" * (not row["scored_on_full_model"]), spread(row["dev"]),
           spread(row["validation"]), *(against_pt(row) if "flops" in row else [])] for row in rows],
         ["schedule", "dev", "validation", "FLOPs\n/ pt's", "seconds\n/ pt's",
          "pt at the\nsame FLOPs", "gain over it\n[95 % interval]", "full updates\nalone",
@@ -1227,7 +1230,7 @@ def figure(runs: list[dict]):
             axes.plot([row["flops"] / unit for row in run["curve"]],
                       [row["dev"] for row in run["curve"]], **look, linewidth=0.6, alpha=0.5)
         x, y = [flops / unit for flops in mean_curve(group, "flops")], mean_curve(group, "best")
-        label = name if group[0]["full_updates"] else f"{name} (its partial model)"
+        label = name if group[0]["scored_on_full_model"] else f"{name} (its partial model)"
         axes.plot(x, y, **look, linewidth=2.4, label=f"{label}: best so far, n = {len(group)}")
         stages = [row["stage"] for row in group[0]["curve"]]
         grown = [k for k in range(len(x) - 1) if stages[k] != stages[k + 1]]

@@ -1607,7 +1607,8 @@ def fake_run(folder, schedule, seed, devs, flops, prompt=(1.0, 0.0), scoring=0, 
     (folder / "config.json").write_text(json.dumps({"schedule": schedule, "steps": 10}))
     (folder / "results.json").write_text(json.dumps({
         "schedule": schedule, "seed": seed, "dev": {"accuracy": max(devs)}, "best_step": 2,
-        "validation": {"accuracy": max(devs) - 1}, "train_seconds": seconds, "flops_over_pt": 1}))
+        "validation": {"accuracy": max(devs) - 1}, "train_seconds": seconds, "flops_over_pt": 1,
+        "scored_on_full_model": stages[-1][:2] == (1, 1)}))
     fpt.save_prompt(folder / "prompt-last", torch.tensor([prompt]), "tiny")
     return folder
 
@@ -1646,6 +1647,8 @@ def test_a_schedule_that_never_reaches_pt_and_one_without_it(fakes, tmp_path):
     never = fpt.compare(runs)[1]
     assert never["flops_to_pt"] is None and never["full_updates"] == 0
     assert fpt.against_pt(never)[2:] == ["50.0", "+4.0", None, "never"]
+    text = fpt.tables(runs, fpt.compare(runs), fpt.similarity(runs))
+    assert re.search(r"^0\.5x1:1\*  .*never$", text, flags=re.M) and "pt*" not in text
     [alone] = fpt.compare(runs[1:])
     assert "flops" not in alone and alone["dev"] == [54]
     assert len(fpt.figure(runs[1:]).axes[0].lines) > 0
@@ -1761,7 +1764,8 @@ def test_flags_of_a_task_folder_give_way_to_those_of_the_command(tmp_path):
 @pytest.mark.parametrize(("suggested", "says"), [
     ("--out /tmp", "may not set --out"), ("--model=evil/model", "may not set --model"),
     ("--init x", "may not set --init"), ("--task rte", "may not set --task"),
-    ("--steps many", "--steps.*many"), ("stray", "stray"), (5, "'flags'.*wrong type")])
+    ("--steps many", "task.json, flags: .*--steps.*many"), ("stray", "task.json, flags: .*stray"),
+    (5, "'flags'.*wrong type")])
 def test_flags_that_a_task_folder_may_not_suggest(suggested, says, tmp_path, refused):
     line = refused("--task", write_task(tmp_path / "task", flags=suggested))
     assert re.search(says, line), line
