@@ -1145,7 +1145,8 @@ def similarity(runs: list[dict]) -> list[dict]:
              "other_seed": cosine(pairs(first, second, False))}
             for second in names for first in names if first in ("pt", second)]
     drawn = torch.randn(2, 100, len(runs[0]["prompt"]), generator=rng("random prompts"))
-    return [*rows, {"schedules": ["random"], "same_seed": None, "other_seed": cosine(zip(*drawn))}]
+    rows.append({"schedules": ["random"], "same_seed": None, "other_seed": cosine(zip(*drawn))})
+    return [row for row in rows if row["same_seed"] is not None or row["other_seed"] is not None]
 
 
 def interval(values: list[float]) -> tuple[float, float] | None:
@@ -1192,7 +1193,7 @@ def tables(runs: list[dict], rows: list[dict], cosines: list[dict]) -> str:
         ["schedule", "dev", "validation", "FLOPs\n/ pt's", "seconds\n/ pt's",
          "pt at the\nsame FLOPs", "gain over it\n[95 % interval]", "full updates\nalone",
          "FLOPs to 99 %\nof pt, / pt's"][:9 if "flops" in rows[0] else 3],
-        floatfmt=("", "", "", ".3f", ".2f", "", "", "", ".2f"), missingval="-")
+        disable_numparse=True, missingval="-")
     pairs = tabulate([[" and ".join(row["schedules"]), row["same_seed"], row["other_seed"]]
                       for row in cosines], ["of", "same seed", "other seed"], floatfmt=".3f",
                      missingval="-")
@@ -1201,10 +1202,10 @@ def tables(runs: list[dict], rows: list[dict], cosines: list[dict]) -> str:
             f"{means}\n\nCosine of final prompts\n{pairs}")
 
 
-def against_pt(row: dict) -> list:
+def against_pt(row: dict) -> list[str | None]:
     """The cells of a row of `compare` that set it beside `pt`."""
-    cells = [statistics.mean(row["flops"]), statistics.mean(row["seconds"]), None, None, None,
-             row["flops_to_pt"] or "never"]
+    cells = [f"{statistics.mean(row['flops']):.3f}", f"{statistics.mean(row['seconds']):.2f}",
+             None, None, None, f"{row['flops_to_pt']:.2f}" if row["flops_to_pt"] else "never"]
     if row["schedule"] != "pt":
         bounds = interval(row["gain"])
         cells[2:4] = spread(row["pt_equal_flops"]), f"{statistics.mean(row['gain']):+.1f}" + (
@@ -1221,17 +1222,17 @@ def figure(runs: list[dict]):
     """
     from matplotlib.figure import Figure
 
-    plot, groups, ends = Figure(figsize=(7, 4.2), layout="constrained"), by_schedule(runs), {}
+    plot, groups, ends = Figure(figsize=(7, 4.8), layout="constrained"), by_schedule(runs), {}
     axes, unit = plot.subplots(), mean_curve(groups["pt"], "flops")[-1] if "pt" in groups else 1
     for i, (name, group) in enumerate(groups.items()):
-        color, line = (("0.5", "--"), ("0", "-"), ("0.3", "-."), ("0.65", ":"))[i % 4]
-        look = {"color": color, "linestyle": line}
+        color = ("0.5", "0", "0.3", "0.65")[(i + i // 4) % 4]  # 16 looks, told apart without colour
+        look = {"color": color, "linestyle": ("--", "-", "-.", ":")[i % 4]}
         for run in group:
             axes.plot([row["flops"] / unit for row in run["curve"]],
                       [row["dev"] for row in run["curve"]], **look, linewidth=0.6, alpha=0.5)
         x, y = [flops / unit for flops in mean_curve(group, "flops")], mean_curve(group, "best")
-        label = name if group[0]["scored_on_full_model"] else f"{name} (its partial model)"
-        axes.plot(x, y, **look, linewidth=2.4, label=f"{label}: best so far, n = {len(group)}")
+        label = f"{name}{'' if group[0]['scored_on_full_model'] else '*'}, best so far"
+        axes.plot(x, y, **look, linewidth=2.4, label=f"{label} (n = {len(group)})")
         stages = [row["stage"] for row in group[0]["curve"]]
         grown = [k for k in range(len(x) - 1) if stages[k] != stages[k + 1]]
         axes.plot([x[k] for k in grown], [y[k] for k in grown], "o", color=color,
@@ -1242,12 +1243,13 @@ def figure(runs: list[dict]):
         if "pt" in ends and x < ends["pt"][0]:
             other = statistics.mean(stopped(run, "flops", x * unit) for run in groups["pt"])
             axes.plot([x, x], [other, y], ":", color="black")
-            axes.annotate(f" pt at the same FLOPs {other:.1f}", (x, other), va="top")
+            axes.annotate(f" pt {other:.1f}", (x, other), va="top")
     axes.plot([], [], "o", color="black", markerfacecolor="white", label="the model grows")
+    axes.plot([], [], ":", color="black", label="gain over pt at the same FLOPs")
     axes.plot([], [], color="black", linewidth=0.6, label="thin: one seed")
     axes.set(xlabel="training FLOPs" + (" (1: all of pt's)" if "pt" in groups else ""),
-             ylabel="dev score of the full model, %")
-    axes.legend(frameon=False, loc="lower right")
+             ylabel="dev score of the full model (*: partial), %")
+    plot.legend(frameon=False, loc="outside lower center", ncols=2)
     return plot
 
 
