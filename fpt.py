@@ -96,47 +96,23 @@ class Config:
     out: str = flag("runs/TIME", "new folder for what this command writes")
 
 
-def parse_args(argv=None) -> Config:
-    """Flags -> `Config`; one that cannot be read is one line on stderr and exit code 2.
-
-    A task folder may suggest flags ("flags" in its task.json); those of the command line win.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """The flags of `Config`; one that cannot be read is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser("fpt.py", allow_abbrev=False, description=(
-        "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows. "
-        "Without flags: the comparison of pt and cr that micro/rte/task.json suggests."))
-    where = ""
-    parser.error = lambda message: parser.exit(2, f"fpt.py: error: {where}{message}; see --help\n")
+        "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows. Without "
+        "flags: pt against cr, offline. A task folder may suggest other defaults (task.json)."))
+    parser.error = lambda message: parser.exit(2, f"fpt.py: error: {message}; see --help\n")
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         value = field.default[0] if several else field.default
         parser.add_argument(
             "--" + field.name.replace("_", "-"), type=type(value), nargs="+" if several else None,
             default=field.default, help=f"{field.metadata['help']} (default: {value})")
-    given = sys.argv[1:] if argv is None else argv
-    task = Path(parser.parse_args(given).task)
-    where = f"{task / 'task.json'}, flags: "  # what was given has just been read without an error
-    try:
-        return Config(**vars(parser.parse_args([*suggested_flags(task), *given])))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def suggested_flags(folder: Path) -> list[str]:
-    """The flags that a task folder suggests; ValueError if they reach beyond its own training."""
-    try:
-        flags = json.loads((folder / "task.json").read_text(encoding="utf-8"))["flags"].split()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # none; what is wrong with a file that cannot be read, `load_folder` says
-    allowed = ("schedule", "seed", "steps", "batch", "prompt-length", "lr", "eval-every", "dev",
-               "score-examples", "max-source", "threads")
-    for name in flags:
-        if name.startswith("--") and name.split("=")[0].removeprefix("--") not in allowed:
-            raise ValueError(f"may not set {name}")
-    return flags
+    return parser
 
 
 if __name__ == "__main__":
-    parse_args()  # --help and a mistyped flag answer at once: torch takes seconds to import
+    make_parser().parse_args()  # --help and a mistyped flag answer at once: torch imports slowly
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -1254,6 +1230,32 @@ def figure(runs: list[dict]):
 
 
 # ====== main ======================================================================================
+
+
+def parse_args(argv=None) -> Config:
+    """Flags -> `Config`. Those that a task folder suggests come first, so the command's win."""
+    parser, given = make_parser(), sys.argv[1:] if argv is None else argv
+    task = parser.parse_args(given).task
+    suggested = [] if task in TASKS else suggested_flags(Path(task))
+    refuse = parser.error  # what was given has just been read, so what fails now was suggested
+    parser.error = lambda message: refuse(f"{Path(task) / 'task.json'}, flags: {message}")
+    for name in suggested:
+        if re.match("-+[a-zA-Z]", name) and name.split("=")[0] not in SUGGESTIBLE:
+            parser.error(f"may not set {name}")
+    return Config(**vars(parser.parse_args([*suggested, *given])))
+
+
+# What a task folder may decide: how its prompt is trained, and nothing outside of that.
+SUGGESTIBLE = ("--schedule", "--seed", "--steps", "--batch", "--prompt-length", "--lr",
+               "--eval-every", "--dev", "--score-examples", "--max-source", "--threads")
+
+
+def suggested_flags(folder: Path) -> list[str]:
+    """The "flags" of a task.json; none if there are none or, as `load_folder` will say, no file."""
+    try:
+        return json.loads((folder / "task.json").read_text(encoding="utf-8"))["flags"].split()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def check(config: Config) -> None:

@@ -1753,17 +1753,20 @@ def test_the_default_command_without_flags_of_its_own(tmp_path):
     assert settings["model"] == str(MICRO / "model")
 
 
-def test_flags_of_a_task_folder_give_way_to_those_of_the_command(tmp_path):
+def test_flags_of_a_task_folder_give_way_to_those_of_the_command(tmp_path, monkeypatch):
     folder = write_task(tmp_path / "task", flags="--steps 7 --schedule pt fr --seed 3 4")
     settings = fpt.parse_args(["--task", str(folder), "--schedule", "ld"])
     assert (settings.steps, settings.schedule, settings.seed) == (7, ["ld"], [3, 4])
+    shutil.copytree(folder, tmp_path / "rte")
+    monkeypatch.chdir(tmp_path)  # a name of the table is that task, whatever folder is at hand
     assert fpt.parse_args(["--task", "rte"]).steps == 30_000
     assert fpt.parse_args([]).schedule == ["pt", "cr"]  # the offline default
 
 
 @pytest.mark.parametrize(("suggested", "says"), [
     ("--out /tmp", "may not set --out"), ("--model=evil/model", "may not set --model"),
-    ("--init x", "may not set --init"), ("--task rte", "may not set --task"),
+    ("--init x", "may not set --init"), ("-h", "may not set -h"), ("--help", "may not set --help"),
+    ("--steps 5 --seed", "task.json, flags: .*--seed"), ("--task rte", "may not set --task"),
     ("--steps many", "task.json, flags: .*--steps.*many"), ("stray", "task.json, flags: .*stray"),
     (5, "'flags'.*wrong type")])
 def test_flags_that_a_task_folder_may_not_suggest(suggested, says, tmp_path, refused):
@@ -1828,6 +1831,15 @@ def test_make_is_deterministic_and_makes_what_is_shipped(make, tmp_path, capsys)
     assert "entailment with 25% of the encoder" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("settings", ["--steps 500", "--seed 2", "--whole", "--steps 0 --out x"])
+def test_make_does_not_replace_what_is_shipped_by_something_else(settings, make, capsys):
+    before = (MICRO / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        make.main(settings.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("usage: make.py")
+    assert (MICRO / "model" / "model.safetensors").read_bytes() == before
+
+
 # ====== In processes of their own =================================================================
 
 
@@ -1879,8 +1891,8 @@ PLUMBING = """UserError flag parse_args Config Task Example Data load_data load_
 load_folder folder_task hub_failure ask_hub load_model label_ids collate rng batches accuracy em_f1
 rouge_l evaluate adafactor score_on_train stop_nonfinite main_score over_pt progress write jsonl
 shown record tune start_prompt versions read_run by_schedule mean_curve stopped compare similarity
-interval spread report tables against_pt figure suggested_flags check pick_device new_folder
-main""".split()
+interval spread report tables against_pt figure make_parser suggested_flags check pick_device
+new_folder main""".split()
 # Public, but not the method: the tutorial need not mention these.
 
 

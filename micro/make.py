@@ -306,12 +306,17 @@ def write_task(folder: Path, rows, validation: int, flags: str) -> None:
 
 
 def main(argv=None) -> None:
+    """Write the task, pre-train the model, write it, and tell how well its parts do."""
     parser = argparse.ArgumentParser("make.py", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE, help="folder of both (%(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="of pre-training (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and examples (%(default)s)")
     parser.add_argument("--whole", action="store_true", help="no random sub-networks")
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    if args.out.resolve() == HERE and args != parser.parse_args([]):
+        parser.error("with other settings than the shipped ones, name another folder with --out")
     import fpt
     import transformers
 
