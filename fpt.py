@@ -19,6 +19,10 @@ to the full model. The same prompt is carried ("recycled") through every growth.
     prompt tuning (PT)                     SoftPrompt, init_prompt
     "Improve": PT at the same FLOPs        compare
 
+Measured with the first command and seeds 0 to 15, on a micro T5 made to survive layer dropping
+(evidence/micro.json; dev accuracy in %): pt 96.5, cr 98.8 with 0.65 of its FLOPs, and pt stopped
+at the FLOPs of cr 86.6. No pretrained T5 has been run yet. Where it gains less: tutorial.md.
+
 What this is not: a library of tuning methods (PEFT is; the prompts saved here load there), a way
 to tune weights, or for models other than T5s. Lines that differ on purpose from the authors' code
 (thunlp/FastPromptTuning) are marked "Official:"; tutorial.md collects them in one table.
@@ -1024,7 +1028,7 @@ def versions() -> dict[str, str]:
 
 
 def read_run(folder: Path) -> dict:
-    """A finished run as its folder tells it: the results, the last prompt, and the curve.
+    """A finished run as its folder tells it: results, settings, the last prompt, and the curve.
 
     `curve` has a row per evaluation: update, stage, FLOPs so far (scoring included), dev score, and
     `best`, the highest dev score so far: that of the prompt that a run stopped here would keep.
@@ -1040,7 +1044,7 @@ def read_run(folder: Path) -> dict:
     whole = [schedule[stage_at(schedule, step, steps)][:2] == (1, 1)
              for step in range(1, steps + 1)]
     return {**results, "curve": curve, "prompt": load_prompt(folder / "prompt-last").flatten(),
-            "full_updates": sum(whole)}
+            "full_updates": sum(whole), "settings": config}
 
 
 def by_schedule(runs: list[dict]) -> dict[str, list[dict]]:
@@ -1067,9 +1071,10 @@ def compare(runs: list[dict]) -> list[dict]:
     Scores are dev scores of the chosen prompts. Where `pt` ran with the same seeds:
     flops, seconds: of training, over those of `pt`.
     pt_equal_flops: `pt` stopped at the FLOPs of this run, or at most one evaluation later; `gain`
-        is the score of this run less that, the paper's column "Improve".
+        is the score of this run less that, the paper's column "Improve". None if this run costs
+        more than `pt`.
     pt_full_updates: `pt` stopped after as many updates as this run makes on the full model: what
-        these would reach alone, without the partial stages before them.
+        these would reach alone, without the partial stages before them. None if it makes none.
     flops_to_pt: FLOPs at which the mean over seeds reaches 99 % of the final mean of `pt`, over
         those that `pt` needs for it; None if it never does.
     """
@@ -1078,7 +1083,7 @@ def compare(runs: list[dict]) -> list[dict]:
 
     def needed(group):
         goal = 0.99 * mean_curve(plain, "best")[-1]
-        pairs = zip(mean_curve(group, "flops"), mean_curve(group, "best"))
+        pairs = zip(mean_curve(group, "flops"), mean_curve(group, "best"), strict=True)
         return next((flops for flops, score in pairs if score >= goal), None)
 
     for name, group in groups.items():
@@ -1088,21 +1093,24 @@ def compare(runs: list[dict]) -> list[dict]:
                "full_updates": group[0]["full_updates"],
                "scored_on_full_model": group[0]["scored_on_full_model"]}
         if plain:
-            flops = [run["curve"][-1]["flops"] for run in group]
-            equal = [stopped(pt, "flops", limit) for pt, limit in zip(plain, flops)]
+            pairs, reached = list(zip(group, plain, strict=True)), needed(group)
+            ends = [run["curve"][-1]["flops"] for run in group]
             row |= {
-                "flops": [f / pt["curve"][-1]["flops"] for f, pt in zip(flops, plain)],
-                "seconds": [run["train_seconds"] / pt["train_seconds"]
-                            for run, pt in zip(group, plain)],
-                "pt_equal_flops": equal, "gain": [a - b for a, b in zip(dev, equal)],
-                "pt_full_updates": [stopped(pt, "step", row["full_updates"]) for pt in plain],
-                "flops_to_pt": needed(group) and needed(group) / needed(plain)}
+                "flops": [end / pt["curve"][-1]["flops"] for end, (_, pt) in zip(ends, pairs)],
+                "seconds": [run["train_seconds"] / pt["train_seconds"] for run, pt in pairs],
+                "pt_equal_flops": None, "gain": None, "pt_full_updates": None,
+                "flops_to_pt": reached and reached / needed(plain)}
+            if max(row["flops"]) <= 1:
+                equal = [stopped(pt, "flops", end) for end, (_, pt) in zip(ends, pairs)]
+                row |= {"pt_equal_flops": equal, "gain": [a - b for a, b in zip(dev, equal)]}
+            if row["full_updates"]:
+                row["pt_full_updates"] = [stopped(pt, "step", row["full_updates"]) for pt in plain]
         rows.append(row)
     return rows
 
 
 def similarity(runs: list[dict]) -> list[dict]:
-    """Mean cosine of final prompts, flattened: of each schedule with `pt` and with itself.
+    """Mean cosine of final prompts, flattened: of each schedule with the first and with itself.
 
     same_seed: same start and same batches. What makes it mean something are the controls:
     other_seed, and the last row, random prompts of the same shape.
@@ -1119,7 +1127,7 @@ def similarity(runs: list[dict]) -> list[dict]:
     names = by_schedule(runs)
     rows = [{"schedules": [first, second], "same_seed": cosine(pairs(first, second, True)),
              "other_seed": cosine(pairs(first, second, False))}
-            for second in names for first in names if first in ("pt", second)]
+            for second in names for first in names if first in (next(iter(names)), second)]
     drawn = torch.randn(2, 100, len(runs[0]["prompt"]), generator=rng("random prompts"))
     rows.append({"schedules": ["random"], "same_seed": None, "other_seed": cosine(zip(*drawn))})
     return [row for row in rows if row["same_seed"] is not None or row["other_seed"] is not None]
@@ -1145,12 +1153,14 @@ def report(folders: list[Path], out: Path) -> None:
     """The comparison of finished runs: tables on the screen, comparison.json and comparison.png."""
     runs = [read_run(folder) for folder in folders]
     rows, cosines = compare(runs), similarity(runs)
-    print(tables(runs, rows, cosines))
-    write(out / "comparison.json", json.dumps(
-        {"versions": versions(), "schedules": rows, "cosines": cosines}, indent=2))
+    curves = [{"schedule": run["schedule"], "seed": run["seed"], **{
+        key: [row[key] for row in run["curve"]] for key in run["curve"][0]}} for run in runs]
+    write(out / "comparison.json", json.dumps({
+        "settings": runs[0]["settings"], "schedules": rows, "cosines": cosines, "curves": curves}))
     picture = io.BytesIO()
     figure(runs).savefig(picture, dpi=150)
     write(out / "comparison.png", picture.getvalue())
+    print(tables(runs, rows, cosines))
     print(f"\nFigure: {out / 'comparison.png'}; its numbers: comparison.json; every run: {out}")
 
 
@@ -1180,13 +1190,14 @@ def tables(runs: list[dict], rows: list[dict], cosines: list[dict]) -> str:
 
 def against_pt(row: dict) -> list[str | None]:
     """The cells of a row of `compare` that set it beside `pt`."""
-    cells = [f"{statistics.mean(row['flops']):.3f}", f"{statistics.mean(row['seconds']):.2f}",
-             None, None, None, f"{row['flops_to_pt']:.2f}" if row["flops_to_pt"] else "never"]
-    if row["schedule"] != "pt":
+    cells = [f"{statistics.mean(row['flops']):.3f}", spread(row["seconds"], 2), None, None, None,
+             f"{row['flops_to_pt']:.2f}" if row["flops_to_pt"] else "never"]
+    if row["schedule"] != "pt" and row["gain"]:
         bounds = interval(row["gain"])
         cells[2:4] = spread(row["pt_equal_flops"]), f"{statistics.mean(row['gain']):+.1f}" + (
             f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
-        cells[4] = spread(row["pt_full_updates"]) if row["full_updates"] else None
+    if row["schedule"] != "pt" and row["full_updates"]:
+        cells[4] = spread(row["pt_full_updates"])
     return cells
 
 
@@ -1194,7 +1205,7 @@ def figure(runs: list[dict]):
     """Dev score against cumulative training FLOPs, as a matplotlib Figure that is legible in grey.
 
     Thick: the best score so far, mean over seeds; thin: each seed as it was measured. A ring marks
-    a growth, and a dotted line the gain over `pt` at the FLOPs where a schedule ends.
+    the last evaluation of a stage, a dotted line the gain over `pt` at the FLOPs of a schedule.
     """
     from matplotlib.figure import Figure
 
@@ -1212,20 +1223,20 @@ def figure(runs: list[dict]):
         stages = [row["stage"] for row in group[0]["curve"]]
         grown = [k for k in range(len(x) - 1) if stages[k] != stages[k + 1]]
         axes.plot([x[k] for k in grown], [y[k] for k in grown], "o", color=color,
-                  markerfacecolor="white", zorder=3)
+                  markerfacecolor="white", zorder=3, label="the next stage begins" if grown else "")
         axes.annotate(f"{name} {y[-1]:.1f}", (x[-1], y[-1]), va="bottom", ha="right")
         ends[name] = x[-1], y[-1]
-    for x, y in ends.values():
-        if "pt" in ends and x < ends["pt"][0]:
-            other = statistics.mean(stopped(run, "flops", x * unit) for run in groups["pt"])
-            axes.plot([x, x], [other, y], ":", color="black")
+    for row in compare(runs):
+        if row["schedule"] != "pt" and row.get("gain"):
+            (x, y), other = ends[row["schedule"]], statistics.mean(row["pt_equal_flops"])
+            axes.plot([x, x], [other, y], ":", color="black", label="gain over pt, same FLOPs")
             axes.annotate(f" pt {other:.1f}", (x, other), va="top")
-    axes.plot([], [], "o", color="black", markerfacecolor="white", label="the model grows")
-    axes.plot([], [], ":", color="black", label="gain over pt at the same FLOPs")
     axes.plot([], [], color="black", linewidth=0.6, label="thin: one seed")
     axes.set(xlabel="training FLOPs" + (" (1: all of pt's)" if "pt" in groups else ""),
              ylabel="dev score of the full model (*: partial), %")
-    plot.legend(frameon=False, loc="outside lower center", ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    legend = dict(zip(labels, handles))  # a label once
+    plot.legend(legend.values(), legend, frameon=False, loc="outside lower center", ncols=2)
     return plot
 
 
@@ -1254,7 +1265,7 @@ def suggested_flags(folder: Path) -> list[str]:
     """The "flags" of a task.json; none if there are none or, as `load_folder` will say, no file."""
     try:
         return json.loads((folder / "task.json").read_text(encoding="utf-8"))["flags"].split()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 
@@ -1322,6 +1333,8 @@ def main(argv=None) -> list[dict]:
         label_ids(tokenizer, data.task)  # this line and the next: to refuse before a folder is made
         start_prompt(model, tokenizer, data.task, config, seed=0)
         out = new_folder(config.out)
+        if data.task.flags:
+            print(f"{config.task} suggests, unless told otherwise: {data.task.flags}")
         print(f"{config.model} on {device} in {config.precision}; {config.task}: "
               f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
               f"examples; writes {out}")

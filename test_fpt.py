@@ -1646,6 +1646,11 @@ def test_a_schedule_that_never_reaches_pt_and_one_without_it(fakes, tmp_path):
     runs = [fpt.read_run(folder) for folder in (fakes[0], row)]
     never = fpt.compare(runs)[1]
     assert never["flops_to_pt"] is None and never["full_updates"] == 0
+    assert never["pt_full_updates"] is None
+    dear = fake_run(tmp_path / "dear", "fr", 0, [50, 51, 52, 53, 100], [1, 2, 3, 4, 101])
+    more = fpt.compare([runs[0], fpt.read_run(dear)])[1]  # pt has no more to spend
+    assert more["pt_equal_flops"] is more["gain"] is None and more["flops"] == [1.01]
+    assert fpt.against_pt(more)[2:4] == [None, None]
     assert fpt.against_pt(never)[2:] == ["50.0", "+4.0", None, "never"]
     text = fpt.tables(runs, fpt.compare(runs), fpt.similarity(runs))
     assert re.search(r"^0\.5x1:1\*  .*never$", text, flags=re.M) and "pt*" not in text
@@ -1694,6 +1699,10 @@ def test_the_figure_draws_what_the_logs_say(fakes):
 
 def test_the_comparison_holds_what_the_run_folders_hold(run):
     found = json.loads((run.out / "comparison.json").read_text())
+    assert found["settings"] == json.loads((run.out / "pt-seed0/config.json").read_text())
+    for curve, folder in zip(found["curves"], ["pt-seed0", "cr-seed0", "pt-seed1", "cr-seed1"]):
+        assert curve["dev"] == [row["dev"]["accuracy"]
+                                for row in read_jsonl(run.out / folder / "log.jsonl")]
     assert (run.out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     pt, cr = found["schedules"]
     for row in pt, cr:
@@ -1984,7 +1993,7 @@ def cells(row):
 
 
 @pytest.mark.parametrize("name", ["micro", "micro-long", "micro-whole",
-                                  "micro-whole-long", "micro-other"])
+                                  "micro-whole-long", "micro-other", "micro-partial"])
 def test_quoted_results_are_those_of_the_record(name):
     for row in evidence(name)["schedules"]:
         assert f"| `{row['schedule']}` | {cells(row)} |" in document("tutorial.md")
@@ -1993,14 +2002,23 @@ def test_quoted_results_are_those_of_the_record(name):
 def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
     record, tutorial, readme = evidence("micro"), document("tutorial.md"), document("README.md")
     pt, cr = record["schedules"]
+    means = [sum(scores) / 16 for scores in (pt["dev"], cr["dev"], cr["flops"],
+                                             cr["pt_equal_flops"])]
+    assert ("pt {:.1f}, cr {:.1f} with {:.2f} of its FLOPs, and pt stopped at the FLOPs of cr {:.1f}"
+            .format(*means) in " ".join(fpt.__doc__.split()))
     for row in pt["dev"], cr["dev"], cr["pt_equal_flops"]:
         assert " | ".join(f"{score:.1f}" for score in row) in tutorial
-    assert f"| dev accuracy | {fpt.spread(pt['dev'])} | {fpt.spread(cr['dev'])} |" in readme
+    assert f"by chance | {fpt.spread(pt['dev'])} | {fpt.spread(cr['dev'])} |" in readme
     assert f"| training FLOPs | 1 | {sum(cr['flops']) / len(cr['flops']):.3f} |" in readme
-    assert f"same FLOPs | | {fpt.spread(cr['pt_equal_flops'])} |" in readme
+    assert f"FLOPs of FPT | {fpt.spread(cr['pt_equal_flops'])} | |" in readme
     for half in cr["gain"][:8], cr["gain"][8:]:
         low, high = fpt.interval(half)
         assert f"{sum(half) / 8:.1f} [{low:.1f}, {high:.1f}]" in tutorial
+    assert f"{sum(cr['gain'][8:]) / 8:.1f} points above" in readme
+    for key in "dev", "validation":  # cr less pt, by seed
+        low, high = fpt.interval([a - b for a, b in zip(cr[key], pt[key])])
+        mean = (sum(cr[key]) - sum(pt[key])) / 16
+        assert re.search(rf"\+{mean:.1f},( 95 % interval)? {low:.1f} to {high:.1f}", tutorial)
     for row in record["cosines"][:3]:
         for key in "same_seed", "other_seed":
             assert row[key] is None or f"{row[key]:.3f}" in tutorial
