@@ -2004,8 +2004,8 @@ def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
     pt, cr = record["schedules"]
     means = [sum(scores) / 16 for scores in (pt["dev"], cr["dev"], cr["flops"],
                                              cr["pt_equal_flops"])]
-    assert ("pt {:.1f}, cr {:.1f} with {:.2f} of its FLOPs, and pt stopped at the FLOPs of cr {:.1f}"
-            .format(*means) in " ".join(fpt.__doc__.split()))
+    said = "pt {:.1f}, cr {:.1f} with {:.2f} of its FLOPs, and pt stopped at the FLOPs of cr {:.1f}"
+    assert said.format(*means) in " ".join(fpt.__doc__.split())
     for row in pt["dev"], cr["dev"], cr["pt_equal_flops"]:
         assert " | ".join(f"{score:.1f}" for score in row) in tutorial
     assert f"by chance | {fpt.spread(pt['dev'])} | {fpt.spread(cr['dev'])} |" in readme
