@@ -1233,7 +1233,8 @@ def figure(runs: list[dict]):
             axes.annotate(f" pt {other:.1f}", (x, other), va="top")
     axes.plot([], [], color="black", linewidth=0.6, label="thin: one seed")
     axes.set(xlabel="training FLOPs" + (" (1: all of pt's)" if "pt" in groups else ""),
-             ylabel="dev score of the full model (*: partial), %")
+             ylabel="dev score of the full model" + (
+                 ", %" if all(run["scored_on_full_model"] for run in runs) else " (*: partial), %"))
     handles, labels = axes.get_legend_handles_labels()
     legend = dict(zip(labels, handles))  # a label once
     plot.legend(legend.values(), legend, frameon=False, loc="outside lower center", ncols=2)

@@ -2006,6 +2006,9 @@ def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
                                              cr["pt_equal_flops"])]
     said = "pt {:.1f}, cr {:.1f} with {:.2f} of its FLOPs, and pt stopped at the FLOPs of cr {:.1f}"
     assert said.format(*means) in " ".join(fpt.__doc__.split())
+    two = [sum(scores[:2]) / 2 for scores in (cr["dev"], pt["dev"], cr["pt_equal_flops"])]
+    assert "`cr` {:.1f}, `pt` {:.1f}, and `pt` stopped at the FLOPs of `cr` {:.1f}".format(
+        *two) in " ".join(tutorial.split())
     for row in pt["dev"], cr["dev"], cr["pt_equal_flops"]:
         assert " | ".join(f"{score:.1f}" for score in row) in tutorial
     assert f"by chance | {fpt.spread(pt['dev'])} | {fpt.spread(cr['dev'])} |" in readme
