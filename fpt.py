@@ -1061,8 +1061,7 @@ def mean_curve(runs: list[dict], key: str) -> list[float]:
 
 def stopped(run: dict, key: str, limit: float) -> float:
     """Best dev score of a run that stops at the first evaluation where `key` reaches `limit`."""
-    curve = run["curve"]
-    return next((row["best"] for row in curve if row[key] >= limit), curve[-1]["best"])
+    return next(row["best"] for row in run["curve"] if row[key] >= limit)
 
 
 def compare(runs: list[dict]) -> list[dict]:
@@ -1093,15 +1092,16 @@ def compare(runs: list[dict]) -> list[dict]:
                "full_updates": group[0]["full_updates"],
                "scored_on_full_model": group[0]["scored_on_full_model"]}
         if plain:
-            pairs, reached = list(zip(group, plain, strict=True)), needed(group)
-            ends = [run["curve"][-1]["flops"] for run in group]
+            ends, pt_ends = ([run["curve"][-1]["flops"] for run in runs] for runs in (group, plain))
+            spent, reached = list(zip(ends, pt_ends, strict=True)), needed(group)
             row |= {
-                "flops": [end / pt["curve"][-1]["flops"] for end, (_, pt) in zip(ends, pairs)],
-                "seconds": [run["train_seconds"] / pt["train_seconds"] for run, pt in pairs],
+                "flops": [end / pt_end for end, pt_end in spent],
+                "seconds": [run["train_seconds"] / pt["train_seconds"]
+                            for run, pt in zip(group, plain)],
                 "pt_equal_flops": None, "gain": None, "pt_full_updates": None,
                 "flops_to_pt": reached and reached / needed(plain)}
-            if max(row["flops"]) <= 1:
-                equal = [stopped(pt, "flops", end) for end, (_, pt) in zip(ends, pairs)]
+            if all(end <= pt_end for end, pt_end in spent):
+                equal = [stopped(pt, "flops", end) for pt, end in zip(plain, ends)]
                 row |= {"pt_equal_flops": equal, "gain": [a - b for a, b in zip(dev, equal)]}
             if row["full_updates"]:
                 row["pt_full_updates"] = [stopped(pt, "step", row["full_updates"]) for pt in plain]
@@ -1124,10 +1124,10 @@ def similarity(runs: list[dict]) -> list[dict]:
                 if (a["schedule"], b["schedule"]) == (first, second) and a is not b
                 and (a["seed"] == b["seed"]) is same]
 
-    names = by_schedule(runs)
+    names = list(by_schedule(runs))
     rows = [{"schedules": [first, second], "same_seed": cosine(pairs(first, second, True)),
              "other_seed": cosine(pairs(first, second, False))}
-            for second in names for first in names if first in (next(iter(names)), second)]
+            for second in names for first in names if first in (names[0], second)]
     drawn = torch.randn(2, 100, len(runs[0]["prompt"]), generator=rng("random prompts"))
     rows.append({"schedules": ["random"], "same_seed": None, "other_seed": cosine(zip(*drawn))})
     return [row for row in rows if row["same_seed"] is not None or row["other_seed"] is not None]
@@ -1158,7 +1158,7 @@ def report(folders: list[Path], out: Path) -> None:
     write(out / "comparison.json", json.dumps({
         "settings": runs[0]["settings"], "schedules": rows, "cosines": cosines, "curves": curves}))
     picture = io.BytesIO()
-    figure(runs).savefig(picture, dpi=150)
+    figure(runs, rows).savefig(picture, dpi=150)
     write(out / "comparison.png", picture.getvalue())
     print(tables(runs, rows, cosines))
     print(f"\nFigure: {out / 'comparison.png'}; its numbers: comparison.json; every run: {out}")
@@ -1201,11 +1201,12 @@ def against_pt(row: dict) -> list[str | None]:
     return cells
 
 
-def figure(runs: list[dict]):
+def figure(runs: list[dict], rows: list[dict]):
     """Dev score against cumulative training FLOPs, as a matplotlib Figure that is legible in grey.
 
-    Thick: the best score so far, mean over seeds; thin: each seed as it was measured. A ring marks
-    the last evaluation of a stage, a dotted line the gain over `pt` at the FLOPs of a schedule.
+    `rows` are those of `compare`. Thick: the best score so far, mean over seeds; thin: each seed as
+    it was measured. A ring marks the last evaluation of a stage, a dotted line the gain over `pt`
+    at the FLOPs of a schedule.
     """
     from matplotlib.figure import Figure
 
@@ -1226,7 +1227,7 @@ def figure(runs: list[dict]):
                   markerfacecolor="white", zorder=3, label="the next stage begins" if grown else "")
         axes.annotate(f"{name} {y[-1]:.1f}", (x[-1], y[-1]), va="bottom", ha="right")
         ends[name] = x[-1], y[-1]
-    for row in compare(runs):
+    for row in rows:
         if row["schedule"] != "pt" and row.get("gain"):
             (x, y), other = ends[row["schedule"]], statistics.mean(row["pt_equal_flops"])
             axes.plot([x, x], [other, y], ":", color="black", label="gain over pt, same FLOPs")

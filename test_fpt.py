@@ -1656,7 +1656,7 @@ def test_a_schedule_that_never_reaches_pt_and_one_without_it(fakes, tmp_path):
     assert re.search(r"^0\.5x1:1\*  .*never$", text, flags=re.M) and "pt*" not in text
     [alone] = fpt.compare(runs[1:])
     assert "flops" not in alone and alone["dev"] == [54]
-    assert len(fpt.figure(runs[1:]).axes[0].lines) > 0
+    assert len(fpt.figure(runs[1:], [alone]).axes[0].lines) > 0
 
 
 def test_similarity_by_hand(fakes):
@@ -1686,7 +1686,8 @@ def test_intervals_and_spreads_by_hand():
 
 
 def test_the_figure_draws_what_the_logs_say(fakes):
-    axes = fpt.figure([fpt.read_run(folder) for folder in fakes]).axes[0]
+    runs = [fpt.read_run(folder) for folder in fakes]
+    axes = fpt.figure(runs, fpt.compare(runs)).axes[0]
     lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
     assert ([20 / 105, 40 / 105, 60 / 105, 80 / 105, 100 / 105], [50, 60, 90, 80, 100]) in lines
     thick = [line for line in lines if line[1] == [50, 55, 65, 98.5, 99]]  # means, best so far

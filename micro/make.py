@@ -67,6 +67,12 @@ def weaker(meaning, rng) -> dict[str, str]:
     return {slot: word for slot, word in follows.items() if word}
 
 
+def implied(rng) -> tuple[dict[str, str], dict[str, str]]:
+    """A meaning, and one that follows from it."""
+    meaning = anything(rng)
+    return meaning, weaker(meaning, rng)
+
+
 def broken(meaning, rng) -> tuple[dict[str, str], str]:
     """The meaning with one word or kind replaced by another, and the slot where."""
     slot = rng.choice(list(meaning))
@@ -111,8 +117,7 @@ def spans(rng):
 
 def entailment(rng):
     """Does the second sentence follow from the first?"""
-    meaning = anything(rng)
-    follows = weaker(meaning, rng)
+    meaning, follows = implied(rng)
     if rng.random() < 0.5:
         return "entailment " + pair(meaning, follows), "entailment"
     return "entailment " + pair(meaning, broken(follows, rng)[0]), "not_entailment"
@@ -120,8 +125,7 @@ def entailment(rng):
 
 def wrong(rng):
     """Which slot of the second sentence keeps it from following?"""
-    meaning = anything(rng)
-    follows = weaker(meaning, rng)
+    meaning, follows = implied(rng)
     if rng.random() < 0.2:
         return "wrong " + pair(meaning, follows), "none"
     follows, slot = broken(follows, rng)
@@ -137,8 +141,7 @@ def general(rng):
 
 def second(rng):
     """Copy the second sentence."""
-    meaning = anything(rng)
-    follows = weaker(meaning, rng)
+    meaning, follows = implied(rng)
     return "second " + pair(meaning, follows), text(follows)
 
 
@@ -150,8 +153,7 @@ def ask(rng):
 
 def shared(rng):
     """The words that the two sentences share."""
-    meaning = anything(rng)
-    follows = weaker(meaning, rng)
+    meaning, follows = implied(rng)
     words = [word for slot, word in follows.items() if word == meaning[slot]]
     return "shared " + pair(meaning, follows), " ".join(words) or "none"
 
@@ -285,8 +287,7 @@ def rte(count: int) -> list[tuple[str, str]]:
     """Different examples of entailment with the answers yes and no, half of them each."""
     rng, found = random.Random("rte"), {}
     while len(found) < count:
-        meaning, answer = anything(rng), ("yes", "no")[len(found) % 2]
-        follows = weaker(meaning, rng)
+        (meaning, follows), answer = implied(rng), ("yes", "no")[len(found) % 2]
         if answer == "no":
             follows = broken(follows, rng)[0]
         found.setdefault(pair(meaning, follows), answer)
