@@ -451,6 +451,7 @@ class Task(NamedTuple):
     max_target: int = 64  # tokens of free text kept, and generated at most; labels stay whole
     prefix: str = "<extra_id_0>"  # how span-corruption targets begin; the official code keeps it
     flags: str = ""  # of the command line, as a task folder suggests them (`suggested_flags`)
+    note: str = ""  # what to know about the results; printed below them
 
 
 _GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"  # full ids: datasets 5 refuses the short ones
@@ -563,8 +564,8 @@ def hub_examples(task: Task, row: dict) -> list[Example]:
 def load_folder(folder: Path):
     """-> task, train and validation examples of a folder; UserError names the file and the line.
 
-    task.json may set `labels`, `metric`, `decoder`, `prefix` (none by default), `max_target` and
-    `flags`.
+    task.json may set `labels`, `metric`, `decoder`, `prefix` (none by default), `max_target`,
+    `flags` and `note`.
     Lines of train.jsonl and validation.jsonl are {"source": text, "target": text}; for free text a
     target may be a list: the first is learned, any is right.
     """
@@ -598,7 +599,7 @@ def load_folder(folder: Path):
 def folder_task(spec: dict) -> Task:
     """The content of a task.json -> `Task`; raises ValueError naming the key."""
     kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int,
-             "flags": str}
+             "flags": str, "note": str}
     if not isinstance(spec, dict):
         raise ValueError("must be an object: {...}")
     for key, value in spec.items():
@@ -1350,6 +1351,8 @@ def main(argv=None) -> list[dict]:
         raise SystemExit(2) from None
     if len(results) > 1:
         report(folders, out)
+    if data.task.note:
+        print(f"\nNote of {config.task}: {data.task.note}")
     print("\nTo use the best prompt of the last run:\n"
           "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
           f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"

@@ -1758,6 +1758,7 @@ def test_the_default_command_without_flags_of_its_own(tmp_path):
                      "comparison.png"}
     assert str(Path("runs") / out.name / "comparison.png") in done.stdout
     assert "does not answer" not in done.stdout and "gain over it" in done.stdout
+    assert "pre-trained with LayerDrop" in done.stdout.split("Figure: ")[1]
     settings = json.loads((out / "cr-seed1" / "config.json").read_text())
     assert (settings["steps"], settings["threads"], settings["prompt_length"]) == (8, 1, 20)
     assert settings["model"] == str(MICRO / "model")
