@@ -180,7 +180,8 @@ MIXTURE = {spans: 4, entailment: 8, wrong: 4, general: 2, second: 1, ask: 2, sha
 SENTINELS = 10
 FLAGS = "--schedule pt cr --seed 0 1 --steps 400 --eval-every 20 --threads 1"  # of `python fpt.py`
 NOTE = ("micro/model was pre-trained with LayerDrop and its like for FFN neurons, to survive what "
-        "FPT does to it. Results on it show the method at work and forecast nothing for a large T5.")
+        "FPT does to it. Results on it show the method at work and forecast nothing for a large "
+        "T5.")
 VOCABULARY = ["<pad>", "</s>", "<unk>", *dict.fromkeys([
     *"a an in the sentence1: sentence2: word: yes no present absent none".split(),
     "not_entailment", *(task.__name__ for task in MIXTURE if task not in (spans, ask)), *SLOTS,
