@@ -95,6 +95,8 @@ class Config:
     score_examples: int = flag(64, "train examples that score the FFN neurons")
     max_source: int = flag(492, "source tokens kept; with 20 prompt vectors the paper's 512")
     precision: str = flag("fp32", "fp32 or bf16")
+    accumulate: int = flag(1, "parts that each process cuts its share of a batch into, for memory")
+    checkpointing: bool = flag(False, "keep only the inputs of layers, and run them twice")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     threads: int = flag(0, "CPU threads; 0 means torch's choice. Another number rounds otherwise")
     out: str = flag("runs/TIME", "new folder for what this command writes")
@@ -109,9 +111,10 @@ def make_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         value = field.default[0] if several else field.default
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), type=type(value), nargs="+" if several else None,
-            default=field.default, help=f"{field.metadata['help']} (default: {value})")
+        kind = {"action": "store_true"} if value is False else {
+            "type": type(value), "nargs": "+" if several else None}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, **kind,
+                            help=f"{field.metadata['help']} (default: {value})")
     return parser
 
 
@@ -193,6 +196,13 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
     return {side: [totals[side, i] / count for i in range(len(sides[side]))] for side in sides}
 
 
+def view(module):
+    """A copy of a module with the same tensors, and a table of children of its own to change."""
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    return clone
+
+
 def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = True):
     """A T5 with a share `depth` of the layers and a share `width` of the FFN neurons of `model`.
 
@@ -213,11 +223,6 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
 
     def part(share, total):  # 1e-9: in floating point 0.29 * 50 is 14.499999999999998
         return max(1, math.floor(share * total + 0.5 + 1e-9))
-
-    def view(module):  # the same tensors, with a table of children of its own
-        clone = copy.copy(module)
-        clone._modules = dict(module._modules)
-        return clone
 
     def narrowed(block, ranking):
         keep = ranking.argsort(descending=True, stable=True)[:part(width, len(ranking))]  # nested
@@ -310,6 +315,80 @@ def stage_at(schedule, step: int, steps: int) -> int:
 # ====== 3 Cost ====================================================================================
 
 
+class AbsorbedAttention(nn.Module):
+    """T5's cross-attention without keys and values of the source: cheaper for a few target tokens.
+
+    A score is q . (W_k h), a key for each of T source vectors h in each layer. It is also
+    (W_k' q) . h, a longer query for each of S target tokens. In the same way the values: W_v comes
+    after the weighted mean. The same function with about S / d_kv of the FLOPs, and nothing of
+    length T to keep for the backward pass. Where that does not pay: the original attention.
+    Not in the paper; in inference known as weight absorption (DeepSeek-V2).
+    """
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention  # a T5Attention; its weights are shared
+
+    def pays(self, target: int) -> bool:
+        """For a label. At most half of the FLOPs; below that its smaller products eat the gain."""
+        return 2 * target <= self.attention.key_value_proj_dim
+
+    def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None,
+                past_key_values=None, **kwargs):
+        """hidden_states [B, S, d], key_value_states [B, P+T, d] -> ([B, S, d], None, None)."""
+        own, (batch, target, _) = self.attention, hidden_states.shape
+        if past_key_values is not None or not self.pays(target):  # `generate` keeps its keys
+            return own(hidden_states, mask=mask, key_value_states=key_value_states,
+                       position_bias=position_bias, past_key_values=past_key_values, **kwargs)
+        heads = own.n_heads, own.key_value_proj_dim
+        keys, values = (linear.weight.view(*heads, -1) for linear in (own.k, own.v))  # [H, d_kv, d]
+        query = own.q(hidden_states).view(batch, target, *heads)  # [B, S, H, d_kv]
+        query = torch.einsum("bshk,hkd->bshd", query, keys).flatten(1, 2)  # [B, S*H, d]
+        scores = query @ key_value_states.mT  # [B, S*H, P+T]
+        if mask is not None:  # [B, 1, 1 or S, P+T], of booleans or to be added, by version
+            row = mask[:, 0, :1]  # [B, 1, P+T]: padding, alike for every target token
+            lowest = torch.finfo(scores.dtype).min
+            scores = scores.masked_fill(~row, lowest) if row.dtype == torch.bool else scores + row
+        weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+        mean = (weights @ key_value_states).view(batch, target, heads[0], -1)  # [B, S, H, d]
+        out = torch.einsum("bshd,hkd->bshk", mean, values).flatten(2)  # [B, S, H*d_kv]
+        return own.o(out), position_bias, None
+
+
+def absorbed(model):
+    """A view of a T5 whose cross-attention makes no keys and values where targets are short."""
+    model, blocks = view(model), []
+    model.decoder = view(model.decoder)
+    for block in map(view, model.decoder.block):
+        block.layer = view(block.layer)
+        cross = block.layer[1] = view(block.layer[1])
+        cross.EncDecAttention = AbsorbedAttention(cross.EncDecAttention)
+        blocks.append(block)
+    model.decoder.block = nn.ModuleList(blocks)
+    return model
+
+
+def checkpointed(model):
+    """A view of a T5 whose layers keep their input alone, and run again in the backward pass.
+
+    transformers' own switch works in train mode only, and turns dropout on with it.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def rerun(block):
+        clone = view(block)
+        clone.forward = functools.partial(checkpoint, block, use_reentrant=False,
+                                          preserve_rng_state=False)  # nothing is random
+        return clone
+
+    model = view(model)
+    for side in ("encoder", "decoder"):
+        stack = view(getattr(model, side))
+        stack.block = nn.ModuleList(map(rerun, stack.block))
+        setattr(model, side, stack)
+    return model
+
+
 def step_flops(model, batch: int, source: int, target: int, backward: bool = True) -> int:
     """Exact matmul FLOPs (2 per multiply-add) of one prompt-tuning update of this (partial) model.
 
@@ -340,10 +419,17 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
         gradient += once + 2 * twice
     for index, block in enumerate(model.decoder.block):
         own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+        short = isinstance(cross, AbsorbedAttention) and cross.pays(target)
+        cross = getattr(cross, "attention", cross)
         queries = linear(target, own.q, own.k, own.v, own.o, cross.q)
-        # Keys and values of the whole source in every decoder layer: what a whole decoder costs.
-        once = linear(source, cross.k, cross.v) + linear(target, cross.o) + ffn(block, target)
-        twice = products(cross, target, source)
+        once = linear(target, cross.o) + ffn(block, target)
+        if short:
+            queries += linear(target, cross.k)
+            once += linear(target, cross.v)
+            twice = 4 * batch * target * source * cross.n_heads * cross.v.in_features
+        else:  # keys and values of the whole source in every layer: what a whole decoder costs
+            once += linear(source, cross.k, cross.v)
+            twice = products(cross, target, source)
         forward += queries + products(own, target, target) + once + twice
         gradient += once + 2 * twice
         if index == 0:  # before its first cross-attention the decoder has not met the prompt
@@ -352,6 +438,20 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
             gradient += queries + 2 * products(own, target, target)
     head = linear(target, model.lm_head)
     return forward + head + (gradient + head if backward else 0)
+
+
+def rerun_flops(model, batch: int, source: int, target: int) -> int:
+    """What `checkpointed` adds to `step_flops`: every layer again, up to its last product.
+
+    No gradient needs the output of `wo`, and torch stops there; the head is not run again.
+    """
+    def last(stack, positions):
+        return positions * sum(block.layer[-1].DenseReluDense.wo.weight.numel()
+                               for block in stack.block)
+
+    spared = (last(model.encoder, source) + last(model.decoder, target)
+              + target * model.lm_head.weight.numel())
+    return step_flops(model, batch, source, target, backward=False) - 2 * batch * spared
 
 
 # ====== 4 Soft prompt =============================================================================
@@ -687,21 +787,38 @@ def label_ids(tokenizer, task: Task) -> list[list[int]]:
     return ids
 
 
-def collate(tokenizer, examples, task: Task, config: Config, device) -> dict[str, Tensor]:
-    """Examples -> input_ids and attention_mask [B, T], labels [B, S]; padded to the longest.
+class Encoded(NamedTuple):
+    """An example and its token ids, end of sequence included."""
+
+    example: Example
+    source: list[int]
+    target: list[int]
+
+
+def encode(tokenizer, task: Task, config: Config, examples) -> list[Encoded]:
+    """Examples -> token ids, cut at --max-source and, unless it is a label, at max_target."""
+    def ids(texts, length):
+        return tokenizer(texts, truncation=length is not None, max_length=length).input_ids
+
+    return list(map(Encoded, examples, ids([e.source for e in examples], config.max_source),
+                    ids([task.prefix + e.target for e in examples],
+                        None if task.labels else task.max_target)))
+
+
+def collate(batch: list[Encoded], device) -> dict[str, Tensor]:
+    """-> input_ids and attention_mask [B, T], labels [B, S], padded to the longest.
 
     Official: pads every source to 492 tokens, whatever its length.
     """
-    def encode(texts, length):
-        return tokenizer(texts, truncation=length is not None, max_length=length, padding=True,
-                         return_tensors="pt")
+    def pad(rows, value):
+        rows = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+        # From pinned memory a GPU fetches them while it computes; the CPU does not wait.
+        return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else (
+            rows.to(device))
 
-    sources = encode([e.source for e in examples], config.max_source)
-    targets = encode([task.prefix + e.target for e in examples],
-                     None if task.labels else task.max_target)
-    labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)  # -100: no loss there
-    return {"input_ids": sources.input_ids.to(device), "labels": labels.to(device),
-            "attention_mask": sources.attention_mask.to(device)}
+    return {"input_ids": pad([e.source for e in batch], 0),  # 0 is T5's <pad>
+            "attention_mask": pad([[1] * len(e.source) for e in batch], 0),
+            "labels": pad([e.target for e in batch], -100)}  # -100: no loss there
 
 
 def rng(*key):
@@ -710,23 +827,25 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def batches(examples, seed: int, size: int, start: int = 1, pool: int = 50):
-    """Yield the examples of update start, start+1, ...: each a pure function of (seed, update).
+def batches(examples, encode, seed: int, size: int, start: int = 1, pool: int = 200):
+    """Yield the batch of update start, start+1, ...: each a pure function of (seed, update).
 
-    `pool` batches at a time are drawn from one shuffled pass over the data after another, sorted by
-    length and cut: little padding, a random mix, and no example left out.
+    `pool` batches at a time, or as many as a pass over the data has, are drawn from one shuffled
+    pass after another, sorted by length and cut: little padding, a random mix, and no example left
+    out. `encode` turns a list of examples into `Encoded`, when their pool is drawn.
     """
     step, n = start - 1, len(examples)
+    pool = max(1, min(pool, n // size))  # of more than a pass, copies of an example would meet
     shuffled = functools.lru_cache(maxsize=2)(
         lambda epoch: torch.randperm(n, generator=rng(seed, "epoch", epoch)).tolist())
     while True:
         number = step // pool
         places = range(number * pool * size, (number + 1) * pool * size)  # in an endless pass
-        drawn = [shuffled(place // n)[place % n] for place in places]
-        drawn.sort(key=lambda i: len(examples[i].source))  # characters: near enough, and free
+        drawn = encode([examples[shuffled(place // n)[place % n]] for place in places])
+        drawn.sort(key=lambda row: len(row.source))  # by characters a quarter would be padding
         order = torch.randperm(pool, generator=rng(seed, "pool", number)).tolist()
         for k in order[step % pool:]:
-            yield [examples[i] for i in drawn[k * size:(k + 1) * size]]
+            yield drawn[k * size:(k + 1) * size]
             step += 1
 
 
@@ -792,12 +911,11 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config:
     text by greedy decoding.
     Official: decodes labels as well, and compares texts; what counts is the mean of all metrics.
     """
-    labels = label_ids(tokenizer, task)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].source))
-    predictions = [""] * len(examples)
-    for start in range(0, len(order), config.batch):
-        chosen = order[start:start + config.batch]
-        batch = collate(tokenizer, [examples[i] for i in chosen], task, config, model.device)
+    labels, rows = label_ids(tokenizer, task), encode(tokenizer, task, config, examples)
+    order, predictions = sorted(range(len(rows)), key=lambda i: len(rows[i].source)), {}
+    chunks = [order[i:i + config.batch] for i in range(0, len(order), config.batch)]
+    for chosen in chunks[rank()::workers()]:
+        batch = collate([rows[i] for i in chosen], model.device)
         embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
         embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
         if task.labels:
@@ -808,24 +926,37 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config:
                                  num_beams=1, max_new_tokens=task.max_target)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             texts = [text.strip().removeprefix(task.prefix.strip()).strip() for text in texts]
-        for i, text in zip(chosen, texts):
-            predictions[i] = text
-    return METRICS[task.metric](predictions, examples, task.labels), predictions
+        predictions.update(zip(chosen, texts))
+    for others in gathered(predictions):
+        predictions.update(others)
+    texts = [predictions[i] for i in range(len(rows))]
+    return METRICS[task.metric](texts, examples, task.labels), texts
+
+
+def token_losses(model, mask: Tensor, labels: Tensor, **source) -> Tensor:
+    """Negative log-likelihood [B, S], fp32, of the target tokens; 0 where labels [B, S] are -100.
+
+    `source` is inputs_embeds [B, P+T, d], or encoder_outputs; `mask` [B, P+T] is theirs. The loss
+    that transformers computes in a bf16 model is itself rounded to three digits.
+    """
+    target = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S], shifted to the right
+    logits = model(attention_mask=mask, decoder_input_ids=target, use_cache=False, **source).logits
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(),
+                                         reduction="none")  # [B*S] from [B*S, V]
+    return losses.view_as(labels)
 
 
 def label_likelihood(model, embeds: Tensor, mask: Tensor, ids: list[list[int]]) -> Tensor:
     """Log-likelihood [B, C] of C labels' token ids; the source is encoded once for all of them."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    labels = [torch.tensor(label, device=embeds.device) for label in ids]
-    labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)  # [C, S]
-    labels = labels.repeat(len(embeds), 1)  # [B*C, S]
     hidden = model.encoder(inputs_embeds=embeds, attention_mask=mask)[0]  # [B, P+T, d]
-    hidden = BaseModelOutput(hidden.repeat_interleave(len(ids), 0))  # [B*C, P+T, d]
-    logits = model(encoder_outputs=hidden, attention_mask=mask.repeat_interleave(len(ids), 0),
-                   labels=labels, use_cache=False).logits.float()  # [B*C, S, V]
-    loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # [B*C, S]
-    return -loss.sum(1).view(len(embeds), len(ids))
+    likelihood = []
+    for label in ids:  # one at a time: the logits of C labels at once are C times [B, S, V]
+        labels = torch.tensor(label, device=embeds.device).expand(len(embeds), -1)  # [B, S]
+        losses = token_losses(model, mask, labels, encoder_outputs=BaseModelOutput(hidden))
+        likelihood.append(-losses.sum(1))  # [B]
+    return torch.stack(likelihood, 1)
 
 
 # ====== 7 Train ===================================================================================
@@ -844,34 +975,30 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
     optimizer, clock = adafactor(prompt, config.lr), time.perf_counter()
     if any(part.width < 1 for part in schedule):
         scores, cost["scoring_flops"] = score_on_train(model, tokenizer, prompt, data, config, seed)
-    final = partial_t5(model, *schedule[-1][:2], scores, task.decoder)
+    full, final = absorbed(model), partial_t5(model, *schedule[-1][:2], scores, task.decoder)
+    judge, texts = absorbed(final), functools.partial(encode, tokenizer, task, config)
     bar = progress(config.steps)
-    for step, examples in zip(bar, batches(data.train, seed, config.batch)):
+    for step, batch in zip(bar, batches(data.train, texts, seed, config.batch)):
         now = stage_at(schedule, step, config.steps)
         if now != stage:  # growth: a larger model; the same prompt and optimiser state go on
-            stage = now
-            partial = partial_t5(model, *schedule[stage][:2], scores, task.decoder)
-        batch = collate(tokenizer, examples, task, config, model.device)
-        embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
-        embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
-        loss = partial(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"],
-                       use_cache=False).loss
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_([prompt.weight], 1.0)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm.item()):  # one NaN would spread to the whole prompt
-            stop_nonfinite(prompt, step, examples, config, folder)
+            stage, partial = now, None  # the old one's narrowed matrices are freed first
+            partial = absorbed(partial_t5(model, *schedule[now][:2], scores, task.decoder))
+            runner = checkpointed(partial) if config.checkpointing else partial
+        shards = split(batch, workers(), config.accumulate)
+        loss, norm = gradient(runner, prompt, shards)
+        losses.append(loss)
+        if not math.isfinite(loss + norm):  # one NaN would spread to the whole prompt
+            stop_nonfinite(prompt, step, batch, config, folder)
         optimizer.step()
         optimizer.zero_grad()
-        shape = len(mask), mask.shape[1], batch["labels"].shape[1]
-        cost["flops"] += step_flops(partial, *shape)
-        cost["pt_flops"] += step_flops(model, *shape)  # plain prompt tuning on the same batch
+        cost["flops"] += update_flops(partial, prompt, shards, config)
+        cost["pt_flops"] += update_flops(full, prompt, shards, config)  # pt on the same batch
         bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, dev "
                             f"{shown(dev) if log else '?'}, FLOPs {over_pt(cost):.2f} of pt", False)
         if step % config.eval_every == 0 or step == config.steps:
             cost["train_seconds"] += time.perf_counter() - clock
             clock = time.perf_counter()
-            dev, _ = evaluate(final, prompt, tokenizer, task, data.dev, config)
+            dev, _ = evaluate(judge, prompt, tokenizer, task, data.dev, config)
             if best is None or main_score(dev) >= main_score(best[1]):
                 best = prompt.weight.detach().clone(), dev, step
                 save_prompt(folder / "prompt", best[0], config.model)
@@ -881,6 +1008,45 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
             record(log, folder, bar)
             losses, clock = [], time.perf_counter()
     return best, log, final
+
+
+def split(batch: list, processes: int, parts: int) -> list[list[list]]:
+    """A batch -> for each process its parts. None is empty if the batch has one example for each.
+
+    Processes take turns, so that each has long and short ones; parts are of similar length.
+    """
+    shards = [batch[i::processes] for i in range(processes)]
+    return [[shard[len(shard) * i // parts:len(shard) * (i + 1) // parts] for i in range(parts)]
+            for shard in shards]
+
+
+def gradient(model, prompt: SoftPrompt, shards) -> tuple[float, float]:
+    """Put the gradient of one update into `prompt`. -> the loss, and the norm before clipping to 1.
+
+    The loss is the mean over the target tokens of the whole batch, so the parts of every process
+    (`split`) add up to what one process computes in one part.
+    """
+    tokens = sum(len(row.target) for shard in shards for part in shard for row in part)
+    loss = torch.zeros((), device=model.device)
+    for part in shards[rank()]:
+        batch = collate(part, model.device)
+        embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
+        embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
+        share = token_losses(model, mask, batch["labels"], inputs_embeds=embeds).sum() / tokens
+        share.backward()
+        loss += share.detach()
+    for tensor in (prompt.weight.grad, loss) if workers() > 1 else ():
+        torch.distributed.all_reduce(tensor)
+    norm = nn.utils.clip_grad_norm_([prompt.weight], 1.0)
+    return tuple(torch.stack([loss, norm]).tolist())  # the one wait for a GPU in an update
+
+
+def update_flops(model, prompt: SoftPrompt, shards, config: Config) -> int:
+    """FLOPs of all parts of all processes, each as it is padded."""
+    shapes = [(len(part), len(prompt.weight) + max(len(row.source) for row in part),
+               max(len(row.target) for row in part)) for shard in shards for part in shard]
+    again = sum(rerun_flops(model, *shape) for shape in shapes) if config.checkpointing else 0
+    return sum(step_flops(model, *shape) for shape in shapes) + again
 
 
 def adafactor(prompt: SoftPrompt, lr: float):
@@ -897,19 +1063,22 @@ def adafactor(prompt: SoftPrompt, lr: float):
 def score_on_train(model, tokenizer, prompt, data: Data, config: Config, seed: int):
     """-> `neuron_scores` of train examples with the initial prompt, and their cost in FLOPs."""
     drawn = torch.randperm(len(data.train), generator=rng(seed, "scores"))[:config.score_examples]
-    drawn = sorted((data.train[i] for i in drawn), key=lambda example: len(example.source))
-    found = [collate(tokenizer, drawn[i:i + config.batch], data.task, config, model.device)
+    drawn = encode(tokenizer, data.task, config, [data.train[i] for i in drawn])
+    drawn.sort(key=lambda row: len(row.source))
+    found = [collate(drawn[i:i + config.batch], model.device)
              for i in range(0, len(drawn), config.batch)]
+    scores = neuron_scores(model, prompt.weight, found)
+    for tensor in sum(scores.values(), []) if workers() > 1 else ():
+        torch.distributed.broadcast(tensor, 0)  # all must keep the same neurons, to the last tie
     shapes = [(len(b["labels"]), len(prompt.weight) + b["input_ids"].shape[1], b["labels"].shape[1])
               for b in found]
-    return (neuron_scores(model, prompt.weight, found),
-            sum(step_flops(model, *shape, backward=False) for shape in shapes))
+    return scores, sum(step_flops(model, *shape, backward=False) for shape in shapes)
 
 
-def stop_nonfinite(prompt, step: int, examples, config: Config, folder: Path):
+def stop_nonfinite(prompt, step: int, rows: list[Encoded], config: Config, folder: Path):
     """Keep the prompt of the last good update and the batch to blame, and end the run."""
     batch, kept = folder / "bad-batch.jsonl", folder / "prompt-last-good"
-    write(batch, jsonl(example._asdict() for example in examples))
+    write(batch, jsonl(row.example._asdict() for row in rows))
     save_prompt(kept, prompt.weight, config.model)
     raise UserError(f"update {step}: the loss or its gradient is not finite. Batch: {batch}; last "
                     f"good prompt: {kept}. Usual causes: --lr too high, or weights with NaN")
@@ -925,6 +1094,37 @@ def over_pt(cost: dict) -> float:
     return (cost["flops"] + cost["scoring_flops"]) / cost["pt_flops"]
 
 
+# One of many processes, under torchrun: each has a part of every batch and of every evaluation. A
+# prompt is 60 kB for t5-base, so torch's DistributedDataParallel, made anew at each growth, would
+# add nothing to one all_reduce.
+
+
+def workers() -> int:
+    """The number of processes; 1 without torchrun."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process among `workers`; 0 prints and writes."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gathered(value) -> list:
+    """`value` of every process."""
+    values = [value] * workers()
+    if workers() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def join(device) -> None:
+    """Meet the other processes, if torchrun started this one; only the first is heard."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank():
+            sys.stdout = open(os.devnull, "w")
+
+
 # ====== 8 Record ==================================================================================
 
 
@@ -932,11 +1132,13 @@ def progress(steps: int):
     """1..steps, with a bar and the time left on stderr if that is a terminal."""
     from tqdm import tqdm
 
-    return tqdm(range(1, steps + 1), disable=None, unit="update", dynamic_ncols=True)
+    return tqdm(range(1, steps + 1), disable=rank() > 0 or None, unit="update", dynamic_ncols=True)
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: a reader sees the old content or the new, never a part."""
+    if rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     with open(draft, "wb") as file:
@@ -978,7 +1180,7 @@ def tune(model, tokenizer, name: str, data: Data, config: Config, seed: int, fol
     best, log, final = train(model, tokenizer, prompt, schedule, data, config, seed, folder)
     save_prompt(folder / "prompt-last", prompt.weight, config.model)
     prompt.weight.data.copy_(best[0])
-    scores, texts = evaluate(final, prompt, tokenizer, data.task, data.validation, config)
+    scores, texts = evaluate(absorbed(final), prompt, tokenizer, data.task, data.validation, config)
     [(common, _)] = collections.Counter(e.target for e in data.validation).most_common(1)
     majority = METRICS[data.task.metric]([common] * len(texts), data.validation, data.task.labels)
     results = {
@@ -1276,8 +1478,11 @@ def check(config: Config) -> None:
     """Refuse what is known to fail before anything is loaded; raises UserError."""
     for name, value in vars(config).items():
         least = 0 if name in ("limit", "threads") else 1
-        if isinstance(value, int) and value < least:
+        if type(value) is int and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if config.batch < workers() * config.accumulate:
+        raise UserError(f"--batch {config.batch}: {workers()} processes with --accumulate "
+                        f"{config.accumulate} need {workers() * config.accumulate} at least")
     if not 0 < config.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {config.lr}")
     if config.precision not in ("fp32", "bf16"):
@@ -1302,8 +1507,12 @@ def pick_device(name: str):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         torch.zeros(1, device=name).item()
+        if name.startswith("cuda"):
+            torch.cuda.set_device(name)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not on this machine; use auto or cpu") from None
     return torch.device(name)
@@ -1312,6 +1521,9 @@ def pick_device(name: str):
 def new_folder(name: str) -> Path:
     """Make the folder for this command's runs; UserError if it is in use or cannot be made."""
     folder = Path(time.strftime("runs/%Y-%m-%d_%H%M%S") if name == Config.out else name)
+    folder = gathered(folder)[0]  # clocks differ
+    if rank():
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         used = any(folder.iterdir())
@@ -1326,8 +1538,9 @@ def main(argv=None) -> list[dict]:
     """Run every schedule and seed of the command on one loaded model; returns what it wrote."""
     config = parse_args(argv)
     try:
-        check(config)
         device = pick_device(config.device)
+        join(device)
+        check(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         ask_hub(config)
@@ -1338,7 +1551,8 @@ def main(argv=None) -> list[dict]:
         out = new_folder(config.out)
         if data.task.flags:
             print(f"{config.task} suggests, unless told otherwise: {data.task.flags}")
-        print(f"{config.model} on {device} in {config.precision}; {config.task}: "
+        several = f" in {workers()} processes" if workers() > 1 else ""
+        print(f"{config.model} on {device} in {config.precision}{several}; {config.task}: "
               f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
               f"examples; writes {out}")
         results, folders = [], []
@@ -1349,7 +1563,7 @@ def main(argv=None) -> list[dict]:
     except UserError as error:
         print(f"fpt.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if len(results) > 1:
+    if len(results) > 1 and rank() == 0:
         report(folders, out)
     if data.task.note:
         print(f"\nNote of {config.task}: {data.task.note}")

@@ -566,6 +566,78 @@ def test_step_flops_equal_the_counter(kind, depth, width, decoder):
     assert fpt.step_flops(partial, batch, source, target) == forward + counter.get_total_flops()
 
 
+HEADS = {"d_kv": 12, "num_heads": 2}  # absorbed for targets of at most 6 tokens
+
+
+def gradient_of(model, labels, padded=True):
+    """-> the loss of `labels` [B, S], and its gradient with respect to 11 input vectors."""
+    embeds = torch.randn(len(labels), 11, D, generator=torch.Generator().manual_seed(5))
+    embeds.requires_grad_()
+    mask = torch.ones(len(labels), 11, dtype=torch.long)
+    if padded:
+        mask[0, 7:] = 0
+    losses = fpt.token_losses(model, mask, labels, inputs_embeds=embeds)
+    losses.sum().backward()
+    return losses, embeds.grad
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [True, False])
+def test_absorbed_attention_is_the_same_function(kind, attention, padded):
+    model = tiny(kind, **HEADS)
+    if attention == "eager":
+        model.set_attn_implementation("eager")
+    for target in 1, 3, 6, 7:
+        labels = torch.randint(3, VOCAB, (4, target))
+        labels[1, 1:] = -100
+        for plain in model, fpt.partial_t5(model, 0.5, 0.5, random_scores(), decoder=False):
+            expected, found = (gradient_of(m, labels, padded) for m in (plain, fpt.absorbed(plain)))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert (target < 7) == (not torch.equal(found[1], expected[1]))  # 7: their own code
+    assert not any(isinstance(m, fpt.AbsorbedAttention) for m in model.modules())
+
+
+def test_an_absorbed_model_generates_the_same():
+    model = tiny(**HEADS)
+    embeds = torch.randn(2, 5, D)
+    how = {"inputs_embeds": embeds, "attention_mask": torch.ones(2, 5, dtype=torch.long),
+           "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(**how), fpt.absorbed(model).generate(**how))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", [3, 6, 7])
+def test_flops_of_absorbed_and_of_checkpointed_models_equal_the_counter(kind, target):
+    model = tiny(kind, **HEADS)
+    model.set_attn_implementation("eager")
+    plain = fpt.partial_t5(model, 0.5, 0.5, random_scores())
+    partial = fpt.absorbed(plain)
+    labels = torch.randint(3, VOCAB, (2, target))
+    counts = []
+    for runs in partial, fpt.checkpointed(partial):
+        with FlopCounterMode(display=False) as counter:
+            gradient_of(runs, labels)
+        counts.append(counter.get_total_flops())
+    shape = 2, 11, target
+    assert counts[0] == fpt.step_flops(partial, *shape)
+    assert counts[1] == counts[0] + fpt.rerun_flops(partial, *shape) > counts[0]
+    assert (counts[0] < fpt.step_flops(plain, *shape)) == (target < 7)
+
+
+def test_checkpointing_changes_no_bit_and_runs_every_layer_twice():
+    model = fpt.absorbed(fpt.partial_t5(tiny(**HEADS), 0.5, 0.5, random_scores()))
+    calls, labels = [], torch.randint(3, VOCAB, (4, 3))
+    for side in SIDES:
+        for block in getattr(model, side).block:
+            block.layer[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = gradient_of(model, labels)
+    assert len(calls) == 6  # three layers a side
+    found = gradient_of(fpt.checkpointed(model), labels)
+    assert len(calls) == 18
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 def test_step_flops_by_hand():
     """One layer a side, v1.0, B=2, source 5, target 3; d 16, heads*d_kv 12, d_ff 32, V 64."""
     model = tiny("v1.0", num_layers=1, num_decoder_layers=1)
@@ -874,16 +946,21 @@ def test_a_text_task_folder(tmp_path):
     assert (task.labels, task.metric, task.decoder, task.prefix) == ((), "em_f1", True, "")
 
 
-def test_collate_pads_truncates_and_masks(tokenizer):
+def padded(tokenizer, rows, task, settings):
+    """The batch that a model gets."""
+    return fpt.collate(fpt.encode(tokenizer, task, settings, rows), torch.device("cpu"))
+
+
+def test_encode_and_collate_truncate_pad_and_mask(tokenizer):
     rows = [fpt.Example("w01 w02 w03 w04", "yes", ("yes",)),
             fpt.Example("w05", "no w06", ("no w06",))]
     word = {word: i for i, word in enumerate(WORDS)}
-    batch = fpt.collate(tokenizer, rows, TEXT, config(max_source=4), "cpu")
+    batch = padded(tokenizer, rows, TEXT, config(max_source=4))
     assert batch["input_ids"].tolist() == [  # 1 ends a sequence, 0 pads it
         [word["w01"], word["w02"], word["w03"], 1], [word["w05"], 1, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[3, word["yes"], 1, -100], [3, word["no"], word["w06"], 1]]
-    batch = fpt.collate(tokenizer, rows, TEXT._replace(max_target=2, prefix=""), config(), "cpu")
+    batch = padded(tokenizer, rows, TEXT._replace(max_target=2, prefix=""), config())
     assert batch["labels"].tolist() == [[word["yes"], 1], [word["no"], 1]]
 
 
@@ -892,14 +969,19 @@ def test_label_ids_round_trip_and_are_distinct(tokenizer):
     ids = fpt.label_ids(tokenizer, task)
     assert [tokenizer.decode(label, skip_special_tokens=True) for label in ids] == list(task.labels)
     rows = [fpt.Example("w01", label, (label,)) for label in task.labels]
-    learned = fpt.collate(tokenizer, rows, task, config(), "cpu")["labels"].tolist()
+    learned = padded(tokenizer, rows, task, config())["labels"].tolist()
     assert [[i for i in row if i != -100] for row in learned] == ids  # nothing else is scored
     with pytest.raises(fpt.UserError, match="'maybe' and 'perhaps'"):  # both <unk>
         fpt.label_ids(tokenizer, fpt.Task("", ("yes", "maybe", "no", "perhaps")))
 
 
-def take(count, *arguments, **how):
-    return [batch for batch, _ in zip(fpt.batches(*arguments, **how), range(count))]
+def take(count, rows, *arguments, **how):
+    """The first batches, as examples; a word of a source is a token."""
+    def split(rows):
+        return [fpt.Encoded(row, row.source.split(), []) for row in rows]
+
+    batches = zip(fpt.batches(rows, split, *arguments, **how), range(count))
+    return [[row.example for row in batch] for batch, _ in batches]
 
 
 def test_batches_are_a_pure_function_of_seed_and_update():
@@ -926,6 +1008,11 @@ def test_every_pass_has_an_order_of_its_own():
     passes = [take(10, rows, 0, 4, start=start, pool=10) for start in (1, 11, 21)]
     mixes = [{frozenset(row.source for row in batch) for batch in batches} for batches in passes]
     assert not mixes[0] & mixes[1] and not mixes[1] & mixes[2]  # other neighbours each time
+
+
+def test_an_example_meets_no_copy_of_itself():  # of a small task, a pool would be several passes
+    rows = [fpt.Example("w " * i, "yes", ("yes",)) for i in range(1, 41)]
+    assert all(len(set(batch)) == 4 for batch in take(40, rows, 0, 4))
 
 
 def test_batches_reduce_padding_and_mix():
@@ -1055,11 +1142,41 @@ def test_rank_classification_equals_separate_full_forwards(judge, tokenizer):
     scores, predictions = fpt.evaluate(model, prompt, tokenizer, task, rows, config(batch=5))
     assert predictions == expected
     assert scores == {"accuracy": pytest.approx(100 * expected.count("yes") / 12)}
-    batch = fpt.collate(tokenizer, rows, task, config(), "cpu")
+    batch = padded(tokenizer, rows, task, config())
     embeds, mask = prompt(model.shared(batch["input_ids"]), batch["attention_mask"])
     with torch.no_grad():
         ours = fpt.label_likelihood(model, embeds, mask, fpt.label_ids(tokenizer, task))
     torch.testing.assert_close(ours, torch.stack(likelihoods), rtol=1e-4, atol=1e-4)
+
+
+def test_token_losses_by_hand():
+    model, labels = tiny(), torch.tensor([[5, 9, 1], [7, 1, -100]])
+    losses, _ = gradient_of(model, labels, padded=False)
+    embeds = torch.randn(2, 11, D, generator=torch.Generator().manual_seed(5))
+    start = torch.tensor([[0, 5, 9], [0, 7, 1]])  # shifted to the right behind the start token
+    logits = model(inputs_embeds=embeds, decoder_input_ids=start).logits.log_softmax(-1)
+    for example, token in (0, 0), (0, 1), (0, 2), (1, 0), (1, 1):
+        by_hand = -logits[example, token, labels[example, token]]
+        assert losses[example, token].item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert losses[1, 2] == 0 and losses.dtype == torch.float32
+
+
+def test_losses_and_gradients_in_bf16_are_close_to_those_in_fp32():
+    """On the trained micro model: the mean loss to a percent, the direction of the gradient."""
+    found = {}
+    for precision in "fp32", "bf16":
+        model, tokenizer = fpt.load_model(fpt.Config.model, torch.device("cpu"), precision)
+        data = fpt.load_data(fpt.Config.task, 10)
+        rows = fpt.encode(tokenizer, data.task, config(), data.train[:64])
+        prompt = fpt.SoftPrompt(model.shared.weight[:20])
+        loss, _ = fpt.gradient(fpt.absorbed(model), prompt, [[rows]])
+        scores, _ = fpt.evaluate(model, prompt, tokenizer, data.task, data.train[:200],
+                                 config(batch=32))
+        found[precision] = loss, prompt.weight.grad.flatten(), scores["accuracy"]
+    (loss, gradient, score), (other_loss, other_gradient, other_score) = found.values()
+    assert other_loss == pytest.approx(loss, rel=0.01) and other_loss != loss
+    assert torch.cosine_similarity(gradient, other_gradient, dim=0) > 0.99
+    assert other_gradient.dtype == torch.float32 and abs(score - other_score) <= 2
 
 
 def test_text_is_generated_greedily_from_prompt_and_source(judge, tokenizer):
@@ -1089,7 +1206,7 @@ def test_two_splits_have_two_scores_whatever_the_batch_size(judge, tokenizer, ta
 def test_a_prefix_that_is_no_special_token_is_no_part_of_the_answer(tokenizer):
     """task.json may set any prefix; a model that learned the task begins by writing it."""
     model, task, rows = tiny(), TEXT._replace(prefix="w01 "), [fpt.Example("w03", "w02", ("w02",))]
-    learned = fpt.collate(tokenizer, rows, task, config(), "cpu")["labels"]
+    learned = padded(tokenizer, rows, task, config())["labels"]
     model.generate = lambda **how: torch.cat([torch.zeros(1, 1, dtype=torch.long), learned], dim=1)
     prompt = fpt.SoftPrompt(torch.zeros(P, D))
     scores, _ = fpt.evaluate(model, prompt, tokenizer, task, rows, config())
@@ -1169,7 +1286,7 @@ def test_the_optimiser_is_the_papers(training):
     assert (group["lr"], group["scale_parameter"], group["relative_step"], group["warmup_init"],
             group["weight_decay"], group["beta1"]) == (0.3, False, False, False, 1e-5, None)
     rms = (run.weight - run.start).pow(2).mean().sqrt().item()
-    assert rms == pytest.approx(0.3, rel=1e-3)  # whatever the scale of the gradient
+    assert rms == pytest.approx(0.3, rel=0.02)  # whatever the scale of the gradient
 
 
 def test_pt_is_prompt_tuning_as_peft_does_it(training, tokenizer):
@@ -1183,11 +1300,11 @@ def test_pt_is_prompt_tuning_as_peft_does_it(training, tokenizer):
         [weight], lr=0.3, scale_parameter=False, relative_step=False, weight_decay=1e-5)
     for rows in take(6, examples(30, 3)[:20], 0, 4):
         optimizer.zero_grad()
-        batch = fpt.collate(tokenizer, rows, YES_NO, config(), "cpu")
+        batch = padded(tokenizer, rows, YES_NO, config())
         theirs(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_([weight], 1.0)
         optimizer.step()
-    assert torch.equal(weight, run.weight)
+    torch.testing.assert_close(weight, run.weight, rtol=1e-4, atol=1e-4)
 
 
 def test_the_ledger_counts_every_batch_as_it_was_padded(training, tokenizer):
@@ -1196,7 +1313,7 @@ def test_the_ledger_counts_every_batch_as_it_was_padded(training, tokenizer):
                 for depth, width, _ in fpt.SCHEDULES["cr"]]
     flops = pt = 0
     for step, batch in enumerate(take(20, rows, 0, 4), 1):
-        batch = fpt.collate(tokenizer, batch, YES_NO, config(), "cpu")
+        batch = padded(tokenizer, batch, YES_NO, config())
         shape = 4, P + batch["input_ids"].shape[1], batch["labels"].shape[1]
         flops += fpt.step_flops(partials[fpt.stage_at(fpt.SCHEDULES["cr"], step, 20)], *shape)
         pt += fpt.step_flops(model, *shape)
@@ -1209,6 +1326,42 @@ def test_the_ledger_counts_every_batch_as_it_was_padded(training, tokenizer):
     plain = training("pt").log[-1]
     assert (plain["flops"], plain["pt_flops"], plain["scoring_flops"]) == (pt, pt, 0)
     assert all(0 < row["train_seconds"] and 0 < row["eval_seconds"] for row in run.log)
+
+
+@pytest.mark.parametrize(("size", "processes", "parts"), [(32, 3, 4), (7, 2, 3), (4, 2, 2),
+                                                         (5, 1, 5), (9, 1, 1)])
+def test_a_batch_is_split_into_parts_without_loss(size, processes, parts):
+    shards = fpt.split(list(range(size)), processes, parts)
+    assert len(shards) == processes and all(len(shard) == parts for shard in shards)
+    assert sorted(sum(sum(shards, []), [])) == list(range(size))
+    sizes = [len(part) for shard in shards for part in shard]
+    assert 1 <= min(sizes) and max(sizes) - min(sizes) <= 1
+    assert fpt.split([1, 2, 3, 4, 5, 6, 7, 8], 2, 2) == [[[1, 3], [5, 7]], [[2, 4], [6, 8]]]
+
+
+def test_accumulated_parts_equal_the_whole_batch(judge, tokenizer):
+    """Whatever the lengths of their targets: a mean of means would not."""
+    model, _ = judge
+    rows = [fpt.Example("w01 " * i, "w02 " * i, ("",)) for i in range(1, 6)]
+    rows, found = fpt.encode(tokenizer, TEXT, config(), rows), []
+    for parts in 1, 2, 5:
+        prompt = fpt.SoftPrompt(model.shared.weight[:P])
+        loss, norm = fpt.gradient(model, prompt, fpt.split(rows, 1, parts))
+        found.append((torch.tensor([loss, norm]), prompt.weight.grad))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+    batch = fpt.collate(rows, torch.device("cpu"))
+    embeds, mask = prompt(model.shared(batch["input_ids"]), batch["attention_mask"])
+    stock = model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"]).loss
+    assert found[0][0][0].item() == pytest.approx(stock.item(), rel=1e-5)
+
+
+def test_a_run_with_accumulation_and_checkpointing_is_the_same_run(training):
+    plain, cut = training("cr", steps=4), training("cr", steps=4, accumulate=3, folder="cut")
+    again = training("cr", steps=4, checkpointing=True, folder="again")
+    torch.testing.assert_close(cut.weight, plain.weight, rtol=0, atol=1e-5)
+    assert torch.equal(again.weight, plain.weight)
+    assert again.log[-1]["flops"] > plain.log[-1]["flops"]  # what it costs is counted
 
 
 def test_one_batch_is_overfitted(training):
@@ -1868,6 +2021,48 @@ def test_a_run_from_the_command_line_repeats_the_one_above_bit_for_bit(run, here
     assert "Error importing" not in done.stdout  # what datasets prints if it is imported first
 
 
+def test_two_processes_make_the_run_of_one(here, tmp_path):
+    """Over every growth; batches of 5 and 12 validation examples are no multiples of 2."""
+    more = ("--schedule 0.5x0.5:0.3,0.75x1:0.3,1x1:0.4 --steps 3 --batch 5 --eval-every 2 "
+            "--score-examples 7").split()
+    for count in 1, 2:
+        done = python("-m", "torch.distributed.run", "--nproc_per_node", count, ROOT / "fpt.py",
+                      *flags(here, count, *more), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("validation accuracy") == 1  # rank 0 alone is heard
+    one, two = (next((tmp_path / count).glob("*-seed0")) for count in "12")
+    assert files(one) == files(two) == RUN_FILES
+    torch.testing.assert_close(fpt.load_prompt(two / "prompt-last"),
+                               fpt.load_prompt(one / "prompt-last"), rtol=0, atol=1e-5)
+    assert (one / "predictions.jsonl").read_text() == (two / "predictions.jsonl").read_text()
+    for a, b in zip(read_jsonl(one / "log.jsonl"), read_jsonl(two / "log.jsonl"), strict=True):
+        assert (a["step"], a["stage"], a["dev"]) == (b["step"], b["stage"], b["dev"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert b["flops"] < a["flops"]  # shards are padded to their own longest
+
+
+def test_processes_that_would_get_nothing_are_refused(refused, monkeypatch):
+    assert "--batch 4" in refused("--accumulate", 5) and "need 5" in refused("--accumulate", 5)
+    monkeypatch.setattr(fpt, "workers", lambda: 3)
+    monkeypatch.setattr(fpt, "join", lambda device: None)
+    assert "3 processes with --accumulate 2 need 6" in refused("--accumulate", 2)
+
+
+def test_the_benchmark_writes_what_it_measured_and_refuses_in_one_line(tmp_path):
+    bench, out = ROOT / "evidence" / "bench.py", tmp_path / "bench.json"
+    command = bench, "--part", "overhead", "--rounds", "1", "--out", out
+    done = python(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [(title, result)] = json.loads(out.read_text())["results"].items()
+    assert title in done.stdout and 0 < result["nothing"] and result["share"] == (
+        result["nothing"] / result["update"])
+    before = out.read_bytes()
+    for wrong in command, (bench, "--shape", "t5"), (bench, "--batch", "0"):
+        done = python(*wrong, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert out.read_bytes() == before
+
+
 def test_help_and_a_mistyped_flag_answer_before_torch_is_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -1900,7 +2095,8 @@ FPT = (ROOT / "fpt.py").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "tutorial.md")
 PLUMBING = """UserError flag parse_args Config Task Example Data load_data load_hub hub_examples
 load_folder folder_task hub_failure ask_hub load_model label_ids collate rng batches accuracy em_f1
-rouge_l evaluate adafactor score_on_train stop_nonfinite main_score over_pt progress write jsonl
+rouge_l evaluate token_losses split gradient update_flops workers rank gathered join adafactor
+score_on_train stop_nonfinite main_score over_pt progress write jsonl Encoded encode
 shown record tune start_prompt versions read_run by_schedule mean_curve stopped compare similarity
 interval spread report tables against_pt figure make_parser suggested_flags check pick_device
 new_folder main""".split()
