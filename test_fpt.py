@@ -2210,6 +2210,28 @@ def test_quoted_results_are_those_of_the_record(name):
         assert f"| `{row['schedule']}` | {cells(row)} |" in document("tutorial.md")
 
 
+@pytest.mark.parametrize("shape", ["t5-base", "t5-small"])
+def test_quoted_costs_are_those_of_the_records(shape):
+    results, text = evidence(f"bench-cpu-{shape}")["results"], document("tutorial.md")
+    for name, found in results.items():
+        if name.startswith("throughput"):
+            ours, peft_, padded_ = (row["examples_per_second"] for row in found.values())
+            assert (f"| {name.split(', ')[1]} | {ours:.2f} | {peft_:.2f} | {padded_:.2f} | "
+                    f"{ours / peft_:.2f} | {ours / padded_:.1f} |") in text
+        elif name.startswith("stages"):
+            for schedule in "ld", "fr", "cr":
+                row = found["schedules"][schedule]
+                start = f"| `{schedule}` | {row['flops_over_pt']:.3f} | "
+                [line] = [line for line in text.splitlines() if line.startswith(start)]
+                assert f"| {row['seconds_over_pt']:.3f} |" in line
+            for row in found["stages"]:
+                assert f"| {row['seconds_over_pt']:.3f} | {row['share_of_product']:.2f} |" in text
+        elif name.startswith("memory"):
+            for kind, row in found.items():
+                cells = f"{row['peaks'][-1] / 1000:.1f} | {row['peak_over_pt']:.2f} |"
+                assert re.search(rf"\| {kind} \|.* {re.escape(cells)}", text)
+
+
 def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
     record, tutorial, readme = evidence("micro"), document("tutorial.md"), document("README.md")
     pt, cr = record["schedules"]

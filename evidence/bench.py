@@ -38,8 +38,10 @@ SHAPES = {  # the published configurations; their weights are random here
                 "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "t5-3b": {"d_model": 1024, "d_ff": 16384, "num_layers": 24, "num_heads": 32, "d_kv": 128},
 }
-# Tokens of RTE's 2,489 train examples as "sentence1: ... sentence2: ...", every 5th percentile.
-RTE = (17, 35, 40, 44, 48, 51, 54, 57, 60, 63, 66, 70, 73, 78, 86, 100, 119, 138, 154, 178, 313)
+# Percentiles of the tokens of RTE's train examples as "sentence1: ... sentence2: ...". The tail has
+# more of them: it is the longest of a shuffled batch that pads the others.
+PERCENT = (0, 5, 10, 20, 30, 40, 50, 60, 70, 75, 80, 85, 90, 95, 97, 98, 99, 99.5, 99.8, 100)
+RTE = (17, 35, 40, 48, 54, 60, 66, 73, 86, 100, 119, 138, 154, 177, 191, 208, 223, 231, 256, 313)
 TARGET = 6  # tokens of "<extra_id_0>entailment</s>"
 PARTS = ("throughput", "stages", "memory", "scaling", "overhead")
 
@@ -102,8 +104,7 @@ def rows(lengths, vocabulary: int = 32000) -> list:
 
 def epoch_lengths(batch: int) -> tuple[list[int], list[int]]:
     """Padded lengths of the batches of an epoch as RTE's: fpt.py's, and those of a shuffle."""
-    at = [i * 20 / 1983 for i in range(1984)]
-    lengths = [round(RTE[int(x)] + (x % 1) * (RTE[min(int(x) + 1, 20)] - RTE[int(x)])) for x in at]
+    lengths = [round(between(dict(zip(PERCENT, RTE)), 100 * i / 1983)) for i in range(1984)]
     examples = [fpt.Encoded(None, [0] * length, []) for length in lengths]
     count = len(lengths) // batch
     ours = [max(len(row.source) for row in rows)
@@ -170,14 +171,14 @@ def peft_updater(model, args, length: int):
     return update
 
 
-def between(points: dict[int, float], length: int) -> float:
-    """Seconds at `length`: linear between the measured lengths, and beyond the last two."""
+def between(points: dict[float, float], at: float) -> float:
+    """The value at `at`: linear between the points, and beyond the last two."""
     known = sorted(points)
     if len(known) == 1:
         return points[known[0]]
-    place = min(max(bisect.bisect(known, length), 1), len(known) - 1)
+    place = min(max(bisect.bisect(known, at), 1), len(known) - 1)
     low, high = known[place - 1:place + 1]
-    share = (length - low) / (high - low)
+    share = (at - low) / (high - low)
     return points[low] + share * (points[high] - points[low])
 
 
