@@ -183,7 +183,7 @@ def python(*arguments, cwd, **environment):
                           text=True, capture_output=True, timeout=150)
 
 
-def imported(path):
+def script(path):
     """A script as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -1899,7 +1899,7 @@ MICRO = ROOT / "micro"
 @pytest.fixture(scope="module")
 def make():
     """micro/make.py as a module."""
-    return imported(MICRO / "make.py")
+    return script(MICRO / "make.py")
 
 
 def micro_rows(split):
@@ -2177,7 +2177,7 @@ def test_commands_parse():
             assert fpt.parse_args(shlex.split(ours, comments=True)).task in fpt.TASKS
         for command in re.findall(r"python evidence/bench\.py[^`\n]*", text):
             arguments = shlex.split(command, comments=True)[2:]
-            imported(ROOT / "evidence/bench.py").make_parser().parse_args(arguments)
+            script(ROOT / "evidence/bench.py").make_parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -2210,9 +2210,9 @@ def test_quoted_results_are_those_of_the_record(name):
         assert f"| `{row['schedule']}` | {cells(row)} |" in document("tutorial.md")
 
 
-@pytest.mark.parametrize("shape", ["t5-base", "t5-small"])
-def test_quoted_costs_are_those_of_the_records(shape):
-    results, text = evidence(f"bench-cpu-{shape}")["results"], document("tutorial.md")
+@pytest.mark.parametrize("name", ["base-fp32", "base-bf16", "small"])
+def test_quoted_costs_are_those_of_the_records(name):
+    results, text = evidence(f"bench-cpu-{name}")["results"], document("tutorial.md")
     for name, found in results.items():
         if name.startswith("throughput"):
             ours, peft_, padded_ = (row["examples_per_second"] for row in found.values())
