@@ -1042,10 +1042,15 @@ def gradient(model, prompt: SoftPrompt, shards) -> tuple[float, float]:
     return tuple(torch.stack([loss, norm]).tolist())  # the one wait for a GPU in an update
 
 
+def padded_shape(prompt: SoftPrompt, rows: list[Encoded]) -> tuple[int, int, int]:
+    """B, P+T and S of these rows as `collate` pads them, for `step_flops`."""
+    return (len(rows), len(prompt.weight) + max(len(row.source) for row in rows),
+            max(len(row.target) for row in rows))
+
+
 def update_flops(model, prompt: SoftPrompt, shards, config: Config) -> int:
     """FLOPs of all parts of all processes, each as it is padded."""
-    shapes = [(len(part), len(prompt.weight) + max(len(row.source) for row in part),
-               max(len(row.target) for row in part)) for shard in shards for part in shard]
+    shapes = [padded_shape(prompt, part) for shard in shards for part in shard]
     again = sum(rerun_flops(model, *shape) for shape in shapes) if config.checkpointing else 0
     return sum(step_flops(model, *shape) for shape in shapes) + again
 
@@ -1066,14 +1071,12 @@ def score_on_train(model, tokenizer, prompt, data: Data, config: Config, seed: i
     drawn = torch.randperm(len(data.train), generator=rng(seed, "scores"))[:config.score_examples]
     drawn = encode(tokenizer, data.task, config, [data.train[i] for i in drawn])
     drawn.sort(key=lambda row: len(row.source))
-    found = [collate(drawn[i:i + config.batch], model.device)
-             for i in range(0, len(drawn), config.batch)]
-    scores = neuron_scores(model, prompt.weight, found)
+    parts = [drawn[i:i + config.batch] for i in range(0, len(drawn), config.batch)]
+    scores = neuron_scores(model, prompt.weight, [collate(part, model.device) for part in parts])
     for tensor in sum(scores.values(), []) if workers() > 1 else ():
         torch.distributed.broadcast(tensor, 0)  # all must keep the same neurons, to the last tie
-    shapes = [(len(b["labels"]), len(prompt.weight) + b["input_ids"].shape[1], b["labels"].shape[1])
-              for b in found]
-    return scores, sum(step_flops(model, *shape, backward=False) for shape in shapes)
+    return scores, sum(step_flops(model, *padded_shape(prompt, part), backward=False)
+                       for part in parts)
 
 
 def stop_nonfinite(prompt, step: int, rows: list[Encoded], config: Config, folder: Path):

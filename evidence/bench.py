@@ -17,6 +17,7 @@ go to the screen, all numbers to the json. t5-base on two CPU cores takes about 
 import argparse
 import bisect
 import copy
+import functools
 import json
 import os
 import platform
@@ -189,9 +190,9 @@ def throughput(model, args) -> dict:
     """
     ours, theirs = (sorted(lengths) for lengths in epoch_lengths(args.batch))
     epochs = {"fpt.py": ours, "PEFT": theirs, "padded to 512": [512 - args.prompt_length]}
+    loop = functools.partial(peft_updater, model, args)
     make = {"fpt.py": lambda length: updater(fpt.absorbed(model), args, length=length),
-            "PEFT": lambda length: peft_updater(model, args, length),
-            "padded to 512": lambda length: peft_updater(model, args, length)}
+            "PEFT": loop, "padded to 512": loop}
     lengths = {name: sorted({found[int(share * (len(found) - 1))] for share in (0, 0.5, 0.95)})
                for name, found in epochs.items()}
     spent = alternate({(name, length): make[name](length)
@@ -274,7 +275,7 @@ def peak(device) -> float:
 
 def child(args, device) -> dict:
     """Peak memory of one way to train, after each stage: as `fpt.train` does it."""
-    model, weights = build(args.shape[0], args.precision[0], device), 0.0
+    model = build(args.shape[0], args.precision[0], device)
     weights, lengths = peak(device), (60, 150, 313)
     if args.child == "PEFT":
         for length in lengths:
