@@ -2103,9 +2103,9 @@ PLUMBING = """UserError flag parse_args Config Task Example Data load_data load_
 load_folder folder_task hub_failure ask_hub load_model label_ids collate rng batches accuracy em_f1
 rouge_l evaluate token_losses split gradient update_flops together workers rank gathered join
 adafactor padded_shape score_on_train stop_nonfinite main_score over_pt progress write jsonl
-Encoded encode shown record tune start_prompt versions read_run by_schedule mean_curve stopped compare similarity
-interval spread report tables against_pt figure make_parser suggested_flags check pick_device
-new_folder main""".split()
+Encoded encode shown record tune start_prompt versions read_run by_schedule mean_curve
+stopped compare similarity interval spread report tables against_pt figure make_parser
+suggested_flags check pick_device new_folder main""".split()
 # Public, but not the method: the tutorial need not mention these.
 
 
