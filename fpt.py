@@ -4,6 +4,7 @@
     python fpt.py --model t5-base --task rte  # FPT: schedule cr, the paper's 30,000 updates
     python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # and a comparison
     python fpt.py --model PATH/TO/T5 --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000
+    python fpt.py --resume runs/FOLDER        # after a stop of any kind: on, to the same bytes
 
 Prompt tuning (PT, Lester et al. 2021) learns P vectors in front of the input embeddings of a
 frozen T5. Few parameters, but every update runs the whole model forward and backward. FPT (Huang
@@ -44,6 +45,7 @@ Glossary
 import argparse
 import atexit
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -54,8 +56,11 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +70,10 @@ from typing import NamedTuple
 
 class UserError(Exception):
     """Something the user can mend: `main` prints it as one line and exits with code 2."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT (2) or SIGTERM (15): `main` exits with 128 more, as a shell would say it."""
 
 
 def flag(default, text):
@@ -100,7 +109,9 @@ class Config:
     checkpointing: bool = flag(False, "keep only the inputs of layers, and run them twice")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps")
     threads: int = flag(0, "CPU threads; 0 means torch's choice. Another number rounds otherwise")
+    save_seconds: int = flag(60, "between checkpoints; 0 makes one after every update")
     out: str = flag("runs/TIME", "new folder for what this command writes")
+    resume: str = flag("", "folder of a command that was stopped: go on, with the settings there")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -154,6 +165,32 @@ def check_t5(config) -> None:
     if config.model_type not in ("t5", "mt5"):
         raise ValueError(f"a model of type {config.model_type}; FPT here is for T5 "
                          "(t5, v1.1, LM-adapted, Flan, mT5 or ByT5 checkpoints)")
+
+
+def check_layout(model) -> None:
+    """Raise ValueError unless transformers builds T5 from the parts that this file relies on."""
+    import transformers
+
+    def weights(module, *names):
+        return [getattr(module, name).weight.shape for name in names]
+
+    try:
+        for side in "encoder", "decoder":
+            for block in getattr(model, side).block:
+                attention, ffn = block.layer[0].SelfAttention, block.layer[-1].DenseReluDense
+                cross = block.layer[1].EncDecAttention if side == "decoder" else attention
+                weights(ffn, "wo", *({"wi"} & set(ffn._modules) or ("wi_0", "wi_1")))
+                for part in attention, cross:
+                    weights(part, "q", "k", "v", "o")
+                    assert part.n_heads * part.key_value_proj_dim == part.q.out_features
+        weights(model, "shared", "lm_head")
+        from transformers.utils.output_capturing import maybe_install_capturing_hooks
+    except (AttributeError, IndexError, AssertionError, ImportError) as error:
+        raise ValueError(f"transformers {transformers.__version__} builds T5 otherwise than 5.2 to "
+                         f"5.23, for which this was written: {error!r}") from None
+    # It hooks the layers of each model that is asked for hidden states. Now, and once: a layer
+    # that models share would be hooked, and counted, for each of them.
+    maybe_install_capturing_hooks(model)
 
 
 @torch.no_grad()
@@ -216,9 +253,8 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         decoder: False leaves it whole, as the paper does where targets are short labels.
     Raises ValueError for a share outside (0, 1], missing scores, or a `model` that is not a T5.
     """
-    from transformers.utils.output_capturing import maybe_install_capturing_hooks
-
     check_t5(model.config)
+    check_layout(model)
     if not (0 < depth <= 1 and 0 < width <= 1) or (width < 1 and scores is None):
         raise ValueError(f"depth {depth}, width {width}: must be in (0, 1]; width < 1 needs scores")
 
@@ -238,9 +274,6 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
             setattr(ffn, name, linear)
         return block
 
-    # transformers hooks the layers of each model that is asked for hidden states. Now, and once:
-    # a layer that models share would be hooked, and counted, for each of them.
-    maybe_install_capturing_hooks(model)
     partial = view(model)
     for side in ("encoder", "decoder") if decoder else ("encoder",):
         stack = view(getattr(model, side))
@@ -498,10 +531,15 @@ def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=
     return embeddings[torch.tensor(ids, device=embeddings.device)].detach().float().cpu()
 
 
-def save_prompt(folder, prompt: Tensor, model_name: str) -> None:
-    """Write a prompt [P, d] as PEFT's prompt tuning; `PeftModel.from_pretrained` loads it."""
+def save_prompt(folder, prompt: Tensor, model_name: str, trained_on: dict | None = None) -> None:
+    """Write a prompt [P, d] as PEFT's prompt tuning; `PeftModel.from_pretrained` loads it.
+
+    `trained_on` describes the model (`fingerprint`) and may hold more. PEFT does not read it.
+    """
     from safetensors.torch import save
 
+    if rank() == 0:
+        Path(folder).mkdir(exist_ok=True)
     adapter = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "SEQ_2_SEQ_LM",  # without it PEFT loads the folder and ignores the prompt
@@ -514,6 +552,8 @@ def save_prompt(folder, prompt: Tensor, model_name: str) -> None:
     tensors = {"prompt_embeddings": prompt.detach().float().cpu().contiguous()}
     write(Path(folder) / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write(Path(folder) / "adapter_config.json", json.dumps(adapter, indent=2) + "\n")
+    if trained_on:
+        write(Path(folder) / "trained-on.json", json.dumps(trained_on, indent=2) + "\n")
 
 
 def load_prompt(folder) -> Tensor:
@@ -673,6 +713,8 @@ def load_folder(folder: Path):
     def parse(name, convert, whole=False):
         path, found = folder / name, []
         try:
+            if folder.resolve() not in path.resolve().parents:  # a folder may come from anywhere
+                raise UserError(f"{path} points outside its folder: put the file itself there")
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}") from None
@@ -680,8 +722,8 @@ def load_folder(folder: Path):
             try:
                 if whole or line.strip():
                     found.append(convert(json.loads(line)))
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: {str(error)[:300]}") from None
         return found
 
     def example(row):
@@ -729,6 +771,10 @@ def hub_failure(what: str, error: Exception) -> str:
         chain, link = f"{chain} {type(link).__name__}: {link}", link.__cause__ or link.__context__
     if any(word in chain for word in ("sentencepiece", "tiktoken", "protobuf")):
         return f"{what}: its tokenizer needs two more packages: pip install sentencepiece protobuf"
+    if "Weights only load failed" in chain:
+        return f"{what}: its pickle holds more than weights, and could run anything: not loaded"
+    if "custom code" in chain:
+        return f"{what}: it brings code of its own, which is never run here"
     if any(word in chain for word in ("ConnectionError", "ConnectError", "LocalEntryNotFound",
                                       "OfflineMode", "couldn't connect")):
         return (f"{what}: not in the local cache, and the hub does not answer. Use folders for "
@@ -746,7 +792,7 @@ def ask_hub(config: Config) -> None:
     import urllib.error
     import urllib.request
 
-    local = Path(config.model).is_dir() and config.task not in TASKS  # as `load_data` decides
+    local = os.path.isdir(config.model) and config.task not in TASKS  # as `load_data` decides
     if local or "HF_HUB_OFFLINE" in os.environ or "huggingface_hub" in sys.modules:
         return
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -769,13 +815,36 @@ def load_model(name: str, device, precision: str):
     # Named, because the default is the checkpoint's dtype. In fp16 T5's activations overflow.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        check_t5(transformers.AutoConfig.from_pretrained(name))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype)
+        # Without trust_remote_code=False, transformers asks whether to run what a model brings.
+        check_t5(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        load = functools.partial(transformers.AutoModelForSeq2SeqLM.from_pretrained, name,
+                                 dtype=dtype, trust_remote_code=False)
+        try:
+            model = load(use_safetensors=True)
+        except OSError as error:
+            if not re.search("no file named model.safetensors|cannot be loaded with", str(error)):
+                raise
+            model = load(use_safetensors=False)
+            print(f"{name} has no safetensors; its pickle went through torch's weights-only loader")
+        check_layout(model)
     except Exception as error:  # as above
         raise UserError(hub_failure(f"model {name}", error)) from None
     # eval() only turns dropout off, as the paper does; gradients reach the prompt all the same.
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def digest(value) -> str:
+    """A short text that differs where values differ."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(model, tokenizer) -> dict[str, str]:
+    """What tells whether a prompt belongs to a model, in either precision and under any name."""
+    first = model.get_input_embeddings().weight[:1000].detach().bfloat16().view(torch.int16)
+    return {"family": f"{model.config.model_type} {model.config.feed_forward_proj}",
+            "tokenizer": digest(sorted(tokenizer.get_vocab().items(), key=str)),
+            "embeddings": digest(first.cpu().numpy().tobytes())}
 
 
 def label_ids(tokenizer, task: Task) -> list[list[int]]:
@@ -794,16 +863,21 @@ class Encoded(NamedTuple):
     example: Example
     source: list[int]
     target: list[int]
+    cut: bool = False  # was the source longer?
 
 
 def encode(tokenizer, task: Task, config: Config, examples) -> list[Encoded]:
     """Examples -> token ids, cut at --max-source and, unless it is a label, at max_target."""
-    def ids(texts, length):
-        return tokenizer(texts, truncation=length is not None, max_length=length).input_ids
+    def ids(texts, length):  # one token more than wanted shows what was longer
+        rows = tokenizer(texts, truncation=length is not None, max_length=length and length + 1)
+        return [(row[:length - 1] + row[-1:], True) if length and len(row) > length else
+                (row, False) for row in rows.input_ids]
 
-    return list(map(Encoded, examples, ids([e.source for e in examples], config.max_source),
-                    ids([task.prefix + e.target for e in examples],
-                        None if task.labels else task.max_target)))
+    sources = ids([e.source for e in examples], config.max_source)
+    targets = ids([task.prefix + e.target for e in examples],
+                  None if task.labels else task.max_target)
+    return [Encoded(example, source, target, cut)
+            for example, (source, cut), (target, _) in zip(examples, sources, targets)]
 
 
 def collate(batch: list[Encoded], device: torch.device) -> dict[str, Tensor]:
@@ -921,6 +995,8 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config:
         embeds, mask = prompt(embeds, batch["attention_mask"])  # [B, P+T, d], [B, P+T]
         if task.labels:
             likelihood = label_likelihood(model, embeds, mask, labels)  # [B, C]
+            if likelihood.isnan().any():  # argmax would take one for the largest
+                raise UserError("the likelihood of a label is not a number: weights with NaN?")
             texts = [task.labels[i] for i in likelihood.argmax(1).tolist()]
         else:
             ids = model.generate(inputs_embeds=embeds, attention_mask=mask, do_sample=False,
@@ -963,52 +1039,120 @@ def label_likelihood(model, embeds: Tensor, mask: Tensor, ids: list[list[int]]) 
 # ====== 7 Train ===================================================================================
 
 
-def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Config, seed, folder):
-    """The method: one prompt, one optimiser, a model that grows. -> best, log, final model.
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come: all that it goes on from, with the prompt and the optimiser's state.
 
-    Trains `prompt` in place. `best` is (prompt [P, d], dev scores, update) at the highest dev score
-    of the final model, the later of equals. The final model is the last stage's: the full one, or
-    for a row of Table 1 a partial one. UserError at the update where a number is no longer finite.
+    Which stage goes on follows from the update (`stage_at`).
+    Official: resumes into the smallest model once the last growth is behind it.
+    """
+
+    origin: dict  # what it is a run of (`fingerprint`, data, schedule, seed): no other may go on
+    step: int = 0  # updates made
+    stage: int = 1  # of the last of them
+    losses: list = dataclasses.field(default_factory=list)  # since the last evaluation
+    log: list = dataclasses.field(default_factory=list)  # a row for each evaluation
+    best: tuple | None = None  # prompt [P, d], dev scores, update
+    scores: dict | None = None  # of `neuron_scores`
+    cost: dict = dataclasses.field(default_factory=lambda: {
+        "flops": 0, "scoring_flops": 0, "pt_flops": 0, "cut_sources": 0})
+    seconds: dict = dataclasses.field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
+
+
+def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Config, seed, folder):
+    """The method: one prompt, one optimiser, a model that grows. -> `Progress` and final model.
+
+    Trains `prompt` in place, from the checkpoint in `folder` if there is one. `best` is at the
+    highest dev score of the final model, the later of equals. The final model is the last stage's:
+    the full one, or for a row of Table 1 a partial one. UserError at the update where a number is
+    no longer finite.
     Official: scores each prompt on the partial model of its moment, and ranks them all together.
     """
-    task, log, losses, best, stage, scores = data.task, [], [], None, None, None
-    cost = {"flops": 0, "scoring_flops": 0, "pt_flops": 0, "train_seconds": 0., "eval_seconds": 0.}
-    optimizer, clock = adafactor(prompt, config.lr), time.perf_counter()
-    if any(part.width < 1 for part in schedule):
-        scores, cost["scoring_flops"] = score_on_train(model, tokenizer, prompt, data, config, seed)
-    full = absorbed(model)
-    final = absorbed(partial_t5(model, *schedule[-1][:2], scores, task.decoder))
-    bar, ids = progress(config.steps), functools.partial(encode, tokenizer, task, config)
-    for step, batch in zip(bar, batches(data.train, ids, seed, config.batch)):
-        now = stage_at(schedule, step, config.steps)
-        if now != stage:  # growth: a larger model; the same prompt and optimiser state go on
-            stage, partial, runner = now, None, None  # frees what the old one had of its own
-            partial = absorbed(partial_t5(model, *schedule[now][:2], scores, task.decoder))
-            runner = checkpointed(partial) if config.checkpointing else partial
-        shards = split(batch, workers(), config.accumulate)
-        loss, norm = gradient(runner, prompt, shards)
-        losses.append(loss)
-        if not math.isfinite(loss + norm):  # one NaN would spread to the whole prompt
-            stop_nonfinite(prompt, step, batch, config, folder)
-        optimizer.step()
-        optimizer.zero_grad()
-        cost["flops"] += update_flops(partial, prompt, shards, config)
-        cost["pt_flops"] += update_flops(full, prompt, shards, config)  # pt on the same batch
-        bar.set_postfix_str(f"stage {stage + 1}/{len(schedule)}, loss {losses[-1]:.3f}, dev "
-                            f"{shown(dev) if log else '?'}, FLOPs {over_pt(cost):.2f} of pt", False)
-        if step % config.eval_every == 0 or step == config.steps:
-            cost["train_seconds"] += time.perf_counter() - clock
-            clock = time.perf_counter()
-            dev, _ = evaluate(final, prompt, tokenizer, task, data.dev, config)
-            if best is None or main_score(dev) >= main_score(best[1]):
-                best = prompt.weight.detach().clone(), dev, step
-                save_prompt(folder / "prompt", best[0], config.model)
-            cost["eval_seconds"] += time.perf_counter() - clock
-            mean = sum(losses) / len(losses)
-            log.append({"step": step, "stage": stage + 1, "loss": mean, "dev": dev, **cost})
-            record(log, folder, bar)
-            losses, clock = [], time.perf_counter()
-    return best, log, final
+    optimizer, stage, saved = adafactor(prompt, config.lr), None, time.perf_counter()
+    run = begin(model, tokenizer, prompt, optimizer, schedule, data, config, seed, folder)
+
+    def build(number):
+        depth, width, _ = schedule[number]
+        return absorbed(partial_t5(model, depth, width, run.scores, data.task.decoder))
+
+    full, final, bar = absorbed(model), build(-1), progress(run.step, config.steps)
+    ids = functools.partial(encode, tokenizer, data.task, config)
+    try:
+        if due(run, config):  # it was stopped in an evaluation
+            measure(final, tokenizer, prompt, data, config, run, folder)
+        for step, batch in zip(bar, batches(data.train, ids, seed, config.batch, run.step + 1)):
+            now = stage_at(schedule, step, config.steps)
+            if now != stage:  # growth: a larger model; the same prompt and optimiser state go on
+                stage, partial = now, None  # frees what the old one had of its own
+                partial = checkpointed(build(now)) if config.checkpointing else build(now)
+            run.stage = now + 1
+            with undisturbed():
+                update(partial, full, prompt, optimizer, batch, config, run, folder)
+            bar.set_postfix_str(f"stage {now + 1}/{len(schedule)}, loss {run.losses[-1]:.3f}, dev "
+                                f"{shown(run.log[-1]['dev']) if run.log else '?'}, "
+                                f"FLOPs {over_pt(run.cost):.2f} of pt", False)
+            if due(run, config):
+                measure(final, tokenizer, prompt, data, config, run, folder)
+            if time.perf_counter() - saved >= config.save_seconds:
+                save_checkpoint(folder, run, prompt, optimizer)
+                saved = time.perf_counter()
+    except KeyboardInterrupt:
+        save_checkpoint(folder, run, prompt, optimizer)
+        raise
+    save_checkpoint(folder, run, prompt, optimizer)
+    return run, final
+
+
+def begin(model, tokenizer, prompt, optimizer, schedule, data, config, seed, folder) -> Progress:
+    """A run as its checkpoint has it; without one a new run, with the neurons scored if need be."""
+    origin = {**fingerprint(model, tokenizer), "data": digest(data), "seed": seed,
+              "schedule": [list(part) for part in schedule]}
+    run = load_checkpoint(folder, prompt, optimizer, origin)
+    if run is None:
+        run = Progress(origin)
+        if any(part.width < 1 for part in schedule):
+            run.scores, run.cost["scoring_flops"] = score_on_train(
+                model, tokenizer, prompt, data, config, seed)
+    return run
+
+
+def due(run: Progress, config: Config) -> bool:
+    """Is an evaluation due after the last update, and not made yet?"""
+    last = run.log[-1]["step"] if run.log else 0
+    return run.step > last and (run.step % config.eval_every == 0 or run.step == config.steps)
+
+
+def update(partial, full, prompt, optimizer, batch, config: Config, run: Progress, folder) -> None:
+    """One update: the prompt and `run` have made it, or UserError and they have not."""
+    start, before = time.perf_counter(), prompt.weight.detach().clone()
+    shards = split(batch, workers(), config.accumulate)
+    loss, norm = gradient(partial, prompt, shards)
+    optimizer.step()
+    optimizer.zero_grad()
+    checked = torch.stack([loss, norm, prompt.weight.detach().abs().max()]).tolist()  # one wait
+    if not all(map(math.isfinite, checked)):  # one NaN would spread to the whole prompt
+        stop_nonfinite(before, run, batch, config, folder)
+    run.step += 1
+    run.losses.append(checked[0])
+    run.cost["flops"] += update_flops(partial, prompt, shards, config)
+    run.cost["pt_flops"] += update_flops(full, prompt, shards, config)  # pt on the same batch
+    run.cost["cut_sources"] += sum(row.cut for row in batch)
+    run.seconds["train"] += time.perf_counter() - start
+
+
+def measure(final, tokenizer, prompt, data: Data, config: Config, run: Progress, folder) -> None:
+    """Evaluate the prompt as it is now on the final model; keep it if it is the best. A log row."""
+    start = time.perf_counter()
+    dev, _ = evaluate(final, prompt, tokenizer, data.task, data.dev, config)
+    with undisturbed():
+        if run.best is None or main_score(dev) >= main_score(run.best[1]):
+            run.best = prompt.weight.detach().clone(), dev, run.step
+            save_prompt(folder / "prompt", run.best[0], config.model, run.origin)
+        run.seconds["eval"] += time.perf_counter() - start
+        run.log.append({"step": run.step, "stage": run.stage,
+                        "loss": sum(run.losses) / len(run.losses), "dev": dev, **run.cost})
+        run.losses = []
+        record(run, folder)
 
 
 def split(batch: list, processes: int, parts: int) -> list[list[list]]:
@@ -1021,7 +1165,7 @@ def split(batch: list, processes: int, parts: int) -> list[list[list]]:
             for shard in shards]
 
 
-def gradient(model, prompt: SoftPrompt, shards) -> tuple[float, float]:
+def gradient(model, prompt: SoftPrompt, shards) -> tuple[Tensor, Tensor]:
     """Put the gradient of one update into `prompt`. -> the loss, and the norm before clipping to 1.
 
     The loss is the mean over the target tokens of the whole batch, so the parts of every process
@@ -1038,8 +1182,7 @@ def gradient(model, prompt: SoftPrompt, shards) -> tuple[float, float]:
         loss += share.detach()
     for tensor in (prompt.weight.grad, loss) if workers() > 1 else ():
         torch.distributed.all_reduce(tensor)
-    norm = nn.utils.clip_grad_norm_([prompt.weight], 1.0)
-    return tuple(torch.stack([loss, norm]).tolist())  # the one wait for a GPU in an update
+    return loss, nn.utils.clip_grad_norm_([prompt.weight], 1.0)
 
 
 def padded_shape(prompt: SoftPrompt, rows: list[Encoded]) -> tuple[int, int, int]:
@@ -1079,13 +1222,14 @@ def score_on_train(model, tokenizer, prompt, data: Data, config: Config, seed: i
                        for part in parts)
 
 
-def stop_nonfinite(prompt, step: int, rows: list[Encoded], config: Config, folder: Path):
+def stop_nonfinite(prompt: Tensor, run: Progress, rows: list[Encoded], config: Config, folder):
     """Keep the prompt of the last good update and the batch to blame, and end the run."""
     batch, kept = folder / "bad-batch.jsonl", folder / "prompt-last-good"
     write(batch, jsonl(row.example._asdict() for row in rows))
-    save_prompt(kept, prompt.weight, config.model)
-    raise UserError(f"update {step}: the loss or its gradient is not finite. Batch: {batch}; last "
-                    f"good prompt: {kept}. Usual causes: --lr too high, or weights with NaN")
+    save_prompt(kept, prompt, config.model, run.origin)
+    raise UserError(f"update {run.step + 1}: the loss, its gradient or the prompt is not finite. "
+                    f"Batch: {batch}; last good prompt: {kept}. Usual causes: --lr too high, or "
+                    "weights with NaN")
 
 
 def main_score(scores: dict[str, float]) -> float:
@@ -1096,6 +1240,44 @@ def main_score(scores: dict[str, float]) -> float:
 def over_pt(cost: dict) -> float:
     """FLOPs so far, scoring included, over those of plain prompt tuning on the same batches."""
     return (cost["flops"] + cost["scoring_flops"]) / cost["pt_flops"]
+
+
+@contextlib.contextmanager
+def stopping():
+    """SIGINT and SIGTERM raise `Stopped` in this block."""
+    def stop(number, _):
+        raise Stopped(number)
+
+    with handling(stop):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """SIGINT and SIGTERM wait until this block is done: an update is made whole or not at all."""
+    waiting = []
+    try:
+        with handling(lambda number, _: waiting.append(number)):
+            yield
+    except UserError:  # told first
+        waiting.clear()
+        raise
+    finally:
+        for number in waiting[:1]:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def handling(handler):
+    """Signals are for the main thread alone; in another one this does nothing."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    old = [(number, signal.signal(number, handler)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, usual in old:
+            signal.signal(number, usual)
 
 
 # One of many processes, under torchrun: each has a part of every batch and of every evaluation. A
@@ -1138,24 +1320,112 @@ def join(device) -> None:
 # ====== 8 Record ==================================================================================
 
 
-def progress(steps: int):
-    """1..steps, with a bar and the time left on stderr if that is a terminal."""
+def progress(done: int, steps: int):
+    """done+1..steps, with a bar and the time left on stderr if that is a terminal."""
     from tqdm import tqdm
 
-    return tqdm(range(1, steps + 1), disable=rank() > 0 or None, unit="update", dynamic_ncols=True)
+    return tqdm(range(done + 1, steps + 1), initial=done, total=steps, unit="update",
+                disable=rank() > 0 or None, dynamic_ncols=True)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: a reader sees the old content or the new, never a part."""
+    """Write a whole file or nothing: a reader sees the old content or the new, never a part.
+
+    Makes no folder: one that is gone was taken away, with all that belongs to this file.
+    """
     if rank():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:  # fsync's names no file
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def save_checkpoint(folder: Path, run: Progress, prompt: SoftPrompt, optimizer) -> None:
+    """All of a run at this moment as one file, without pickle; its facts end in their checksum."""
+    best, scores = run.best or (None, None, None), run.scores or {}
+    state = optimizer.state[prompt.weight]
+    tensors = {"prompt": prompt.weight, "best": best[0],
+               **{f"optimizer.{name}": value for name, value in state.items()},
+               **{f"{side}.{i}": row for side in scores for i, row in enumerate(scores[side])}}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+               if isinstance(tensor, Tensor)}
+    facts = {**vars(run), "best": best[1:], "scores": None, "optimizer": {
+        name: value for name, value in state.items() if not isinstance(value, Tensor)}}
+    write(folder / "checkpoint.safetensors", sealed(tensors, facts))
+
+
+def load_checkpoint(folder: Path, prompt: SoftPrompt, optimizer, origin) -> Progress | None:
+    """Put prompt and optimiser where a checkpoint has them; None if there is none.
+
+    UserError if it is damaged, or of a run of another `origin`.
+    """
+    path = folder / "checkpoint.safetensors"
+    content = gathered(path.read_bytes() if rank() == 0 and path.exists() else None)[0]
+    if content is None:
+        return None
+    try:
+        tensors, facts = unsealed(content)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; without this file the run begins anew") from None
+    changed = [key for key in origin if origin[key] != facts["origin"].get(key)]
+    if changed:
+        raise UserError(f"{path} is of a run with another {', '.join(changed)}: it cannot go on")
+    device = prompt.weight.device
+    prompt.weight.data.copy_(tensors.pop("prompt"))
+    best, state, scores = tensors.pop("best", None), facts.pop("optimizer"), {}
+    for name, tensor in tensors.items():
+        kind, key = name.split(".")
+        if kind == "optimizer":
+            state[key] = tensor
+        else:
+            scores.setdefault(kind, {})[int(key)] = tensor.to(device)
+    if state:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+    facts["best"] = None if best is None else (best.to(device), *facts["best"])
+    facts["scores"] = {side: [rows[i] for i in range(len(rows))]
+                       for side, rows in scores.items()} or None
+    return Progress(**facts)
+
+
+def sealed(tensors: dict[str, Tensor], facts: dict) -> bytes:
+    """Tensors and facts as a safetensors file that shows if one bit of it is changed."""
+    from safetensors.torch import save
+
+    text = json.dumps(facts)
+    return save(tensors, {"facts": text + checksum(tensors, text)})  # two keys have no fixed order
+
+
+def unsealed(content: bytes) -> tuple[dict[str, Tensor], dict]:
+    """The opposite of `sealed`; ValueError if the file is cut or changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        size = int.from_bytes(content[:8], "little")
+        text = json.loads(content[8:8 + size])["__metadata__"]["facts"]
+        tensors = load(content)
+        if checksum(tensors, text[:-64]) != text[-64:]:
+            raise ValueError("its checksum is not that of its content")
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no whole checkpoint ({str(error)[:200]})") from None
+    return tensors, json.loads(text[:-64])
+
+
+def checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """64 letters that depend on every bit."""
+    digest = hashlib.blake2b(text.encode(), digest_size=32)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def jsonl(rows) -> str:
@@ -1168,49 +1438,100 @@ def shown(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
-def record(log: list[dict], folder: Path, bar) -> None:
-    """The newest evaluation of `log`: a line of log.jsonl and a line on the screen."""
-    write(folder / "log.jsonl", jsonl(log))
-    row = log[-1]
-    bar.write(f"update {row['step']:>6}  stage {row['stage']}  loss {row['loss']:.4f}  dev "
-              f"{shown(row['dev'])}  FLOPs {over_pt(row):.3f} of pt  "
-              f"training {row['train_seconds']:.1f} s  evaluation {row['eval_seconds']:.1f} s")
+def record(run: Progress, folder: Path) -> None:
+    """The newest evaluation: a line of log.jsonl and on the screen. Seconds have their own file."""
+    from tqdm import tqdm
+
+    write(folder / "log.jsonl", jsonl(run.log))
+    write(folder / "seconds.json", json.dumps(run.seconds))
+    row = run.log[-1]
+    tqdm.write(f"update {row['step']:>6}  stage {row['stage']}  loss {row['loss']:.4f}  dev "
+               f"{shown(row['dev'])}  FLOPs {over_pt(row):.3f} of pt  "
+               f"training {run.seconds['train']:.1f} s  evaluation {run.seconds['eval']:.1f} s")
 
 
 def tune(model, tokenizer, name: str, data: Data, config: Config, seed: int, folder: Path) -> dict:
-    """One schedule, one seed: train, report on validation, fill the folder. -> results."""
-    schedule = parse_schedule(name)
-    prompt = SoftPrompt(start_prompt(model, tokenizer, data.task, config, seed)).to(model.device)
-    run = {**dataclasses.asdict(config), "schedule": name, "seed": seed,
-           "prompt_length": len(prompt.weight)}
-    write(folder / "config.json", json.dumps(
-        {**run, "stages": schedule, "device": str(model.device), "versions": versions()}, indent=2))
+    """One schedule, one seed: train, report on validation, fill the folder. -> results.
+
+    Goes on with what the folder holds; a run with results has ended and returns them.
+    """
+    schedule, (results, before) = parse_schedule(name), found(folder)
     print(f"\n{name}, seed {seed}: " + ", ".join(
         f"{s.depth:g}x{s.width:g} for {s.share:.0%}" for s in schedule) + " of the updates")
-    best, log, final = train(model, tokenizer, prompt, schedule, data, config, seed, folder)
-    save_prompt(folder / "prompt-last", prompt.weight, config.model)
-    prompt.weight.data.copy_(best[0])
+    if results:
+        print(f"finished before: {folder}")
+        return results
+    prompt = SoftPrompt(start_prompt(model, tokenizer, data.task, config, seed)).to(model.device)
+    if before is None:
+        write_settings(folder, config, name, seed, schedule, prompt)
+    elif before["versions"] != versions():
+        print(f"warning: begun with {before['versions']}; other versions may round otherwise")
+    run, final = train(model, tokenizer, prompt, schedule, data, config, seed, folder)
+    save_prompt(folder / "prompt-last", prompt.weight, config.model, run.origin)
+    prompt.weight.data.copy_(run.best[0])
     scores, texts = evaluate(final, prompt, tokenizer, data.task, data.validation, config)
     [(common, _)] = collections.Counter(e.target for e in data.validation).most_common(1)
     majority = METRICS[data.task.metric]([common] * len(texts), data.validation, data.task.labels)
+    rows = encode(tokenizer, data.task, config, data.validation)
     results = {
-        **{key: run[key] for key in ("model", "task", "schedule", "seed", "steps")},
-        "best_step": best[2], "dev": best[1], "last_dev": log[-1]["dev"], "validation": scores,
-        "validation_examples": len(texts), "majority": main_score(majority),
-        "constant_predictions": len(set(texts)) == 1 < len(texts),
-        "scored_on_full_model": schedule[-1][:2] == (1, 1), "flops_over_pt": over_pt(log[-1]),
-        **{key: value for key, value in log[-1].items() if key.endswith(("flops", "seconds"))}}
+        "model": config.model, "task": config.task, "schedule": name, "seed": seed,
+        "steps": config.steps, "best_step": run.best[2], "dev": run.best[1],
+        "last_dev": run.log[-1]["dev"], "validation": scores, "validation_examples": len(texts),
+        "majority": main_score(majority), "constant_predictions": len(set(texts)) == 1 < len(texts),
+        "scored_on_full_model": schedule[-1][:2] == (1, 1), "flops_over_pt": over_pt(run.cost),
+        "cut_sources": sum(row.cut for row in rows),
+        **{key: value for key, value in run.cost.items() if key.endswith("flops")}}
     write(folder / "predictions.jsonl", jsonl(
         {"source": example.source, "answers": example.answers, "prediction": text}
         for example, text in zip(data.validation, texts)))
     write(folder / "results.json", json.dumps(results, indent=2))
-    print(f"validation {shown(scores)}  ({len(texts)} examples, prompt of update {best[2]}; always "
-          f"the most frequent answer: {results['majority']:.2f})")
+    tell(results)
+    return results
+
+
+def found(folder: Path) -> tuple[dict | None, dict | None]:
+    """Results and settings of a run that was here before, as rank 0 finds them."""
+    files = [None, None]
+    for i, name in enumerate(("results.json", "config.json")):
+        if rank() == 0 and (folder / name).exists():
+            files[i] = read_json(folder / name)
+    return gathered(tuple(files))[0]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; UserError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+        reason = "no object"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise UserError(f"cannot read {path}: {reason}")
+
+
+def write_settings(folder: Path, config: Config, name, seed, schedule, prompt) -> None:
+    """A folder for a new run, and its config.json."""
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+    run = {**settings(config), "schedule": name, "seed": seed, "prompt_length": len(prompt.weight)}
+    write(folder / "config.json", json.dumps(
+        {**run, "stages": schedule, "device": str(prompt.weight.device), "versions": versions()},
+        indent=2))
+
+
+def tell(results: dict) -> None:
+    """Validation scores on the screen, and what makes them mean less than they say."""
+    count = results["validation_examples"]
+    print(f"validation {shown(results['validation'])}  ({count} examples, prompt of update "
+          f"{results['best_step']}; always the most frequent answer: {results['majority']:.2f})")
     if results["constant_predictions"]:
         print("warning: every prediction is the same text; nothing has been learned")
+    if results["cut_sources"]:
+        print(f"warning: {results['cut_sources']} of {count} sources were longer than --max-source "
+              "and cut")
     if not results["scored_on_full_model"]:
         print("note: this schedule does not reach the full model; the scores are its last stage's")
-    return results
 
 
 def start_prompt(model, tokenizer, task: Task, config: Config, seed: int) -> Tensor:
@@ -1232,6 +1553,25 @@ def start_prompt(model, tokenizer, task: Task, config: Config, seed: int) -> Ten
     return prompt
 
 
+def check_origin(config: Config, model, tokenizer) -> None:
+    """Refuse a prompt of another family or tokenizer; warn if other weights, or nobody knows."""
+    path = Path(config.init) / "trained-on.json"
+    if config.init in ("uniform", "vocab", "labels"):
+        return
+    if not path.exists():  # PEFT's own
+        print(f"warning: {path.parent} does not say which model its prompt was trained on; with "
+              f"another than {config.model} it means nothing")
+        return
+    then, now = read_json(path), fingerprint(model, tokenizer)
+    for key in "family", "tokenizer":
+        if then.get(key) != now[key]:
+            raise UserError(f"the prompt in {path.parent} was trained on a model of another {key} "
+                            f"({then.get(key)}) than {config.model} ({now[key]})")
+    if then.get("embeddings") != now["embeddings"]:
+        print(f"warning: the prompt in {path.parent} was trained on other weights than those of "
+              f"{config.model}")
+
+
 def versions() -> dict[str, str]:
     """Of what can change a number."""
     from importlib.metadata import version
@@ -1246,18 +1586,22 @@ def read_run(folder: Path) -> dict:
     `curve` has a row per evaluation: update, stage, FLOPs so far (scoring included), dev score, and
     `best`, the highest dev score so far: that of the prompt that a run stopped here would keep.
     """
-    config, results = (json.loads((folder / name).read_text(encoding="utf-8"))
-                       for name in ("config.json", "results.json"))
-    log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
-    scores = [main_score(row["dev"]) for row in log]
-    curve = [{"step": row["step"], "stage": row["stage"], "dev": score, "best": best,
-              "flops": row["flops"] + row["scoring_flops"]}
-             for row, score, best in zip(log, scores, itertools.accumulate(scores, max))]
-    schedule, steps = parse_schedule(config["schedule"]), config["steps"]
-    whole = [schedule[stage_at(schedule, step, steps)][:2] == (1, 1)
-             for step in range(1, steps + 1)]
-    return {**results, "curve": curve, "prompt": load_prompt(folder / "prompt-last").flatten(),
-            "full_updates": sum(whole), "settings": config}
+    config, results, seconds = (read_json(folder / name) for name in (
+        "config.json", "results.json", "seconds.json"))
+    try:
+        log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+        scores = [main_score(row["dev"]) for row in log]
+        curve = [{"step": row["step"], "stage": row["stage"], "dev": score, "best": best,
+                  "flops": row["flops"] + row["scoring_flops"]}
+                 for row, score, best in zip(log, scores, itertools.accumulate(scores, max))]
+        schedule, steps = parse_schedule(config["schedule"]), config["steps"]
+        whole = (schedule[stage_at(schedule, step, steps)][:2] == (1, 1)
+                 for step in range(1, steps + 1))
+        return {**results, "train_seconds": seconds["train"], "curve": curve,
+                "prompt": load_prompt(folder / "prompt-last").flatten(),
+                "full_updates": sum(whole), "settings": config}
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder} does not hold a finished run: {error!r}") from None
 
 
 def by_schedule(runs: list[dict]) -> dict[str, list[dict]]:
@@ -1461,14 +1805,41 @@ def figure(runs: list[dict], rows: list[dict]):
 def parse_args(argv=None) -> Config:
     """Flags -> `Config`. Those that a task folder suggests come first, so the command's win."""
     parser, given = make_parser(), sys.argv[1:] if argv is None else argv
-    task = parser.parse_args(given).task
-    suggested = [] if task in TASKS else suggested_flags(Path(task))
+    chosen = parser.parse_args(given)
+    if chosen.resume:
+        parser.set_defaults(**dict.fromkeys(vars(chosen)))
+        given = vars(parser.parse_args(given))
+        return resumed(chosen.resume, {key: given[key] for key in given if given[key] is not None})
+    suggested = [] if chosen.task in TASKS else suggested_flags(Path(chosen.task))
     refuse = parser.error  # what was given has just been read, so what fails now was suggested
-    parser.error = lambda message: refuse(f"{Path(task) / 'task.json'}, flags: {message}")
+    parser.error = lambda message: refuse(f"{Path(chosen.task) / 'task.json'}, flags: {message}")
     for name in suggested:
         if re.match("-+[a-zA-Z]", name) and name.split("=")[0] not in SUGGESTIBLE:
             parser.error(f"may not set {name}")
     return Config(**vars(parser.parse_args([*suggested, *given])))
+
+
+# What may be said beside --resume: how to compute, not what.
+RESUMABLE = ("device", "threads", "accumulate", "checkpointing", "save_seconds")
+
+
+def resumed(name: str, given: dict) -> Config:
+    """The settings of a stopped command in folder `name`, or one level above it."""
+    wrong = set(given) - {"resume", *RESUMABLE}
+    if wrong:
+        raise UserError(f"--resume goes on with the settings of its folder; of others only "
+                        f"{', '.join('--' + flag.replace('_', '-') for flag in RESUMABLE)} are "
+                        f"possible, not --{min(wrong).replace('_', '-')}")
+    folder = Path(name)
+    if not (folder / "command.json").exists() and (folder.parent / "command.json").exists():
+        folder = folder.parent  # the folder of one of its runs
+    saved = {key: tuple(value) if isinstance(value, list) else value
+             for key, value in read_json(folder / "command.json").items()}
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(Config)}
+    strange = [key for key, value in saved.items() if type(value) is not kinds.get(key)]
+    if strange:
+        raise UserError(f"{folder / 'command.json'}: {strange[0]!r} is no setting of this fpt.py")
+    return dataclasses.replace(Config(**saved), **{**given, "resume": name, "out": str(folder)})
 
 
 # What a task folder may decide: how its prompt is trained, and nothing outside of that.
@@ -1487,9 +1858,11 @@ def suggested_flags(folder: Path) -> list[str]:
 def check(config: Config) -> None:
     """Refuse what is known to fail before anything is loaded; raises UserError."""
     for name, value in vars(config).items():
-        least = 0 if name in ("limit", "threads") else 1
-        if type(value) is int and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        least = 0 if name in ("limit", "threads", "save_seconds") else 1
+        most = {"batch": 10**5, "prompt_length": 10**5, "threads": 10**3}.get(name, 10**9)
+        if type(value) is int and not least <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most "
+                            f"{most}, not {value}")
     if config.batch < workers() * config.accumulate:
         raise UserError(f"--batch {config.batch}: {workers()} processes with --accumulate "
                         f"{config.accumulate} need {workers() * config.accumulate} at least")
@@ -1498,7 +1871,7 @@ def check(config: Config) -> None:
     if config.precision not in ("fp32", "bf16"):
         why = "; T5's activations overflow in fp16" if config.precision == "fp16" else ""
         raise UserError(f"--precision is fp32 or bf16, not {config.precision}{why}")
-    if config.task not in TASKS and not Path(config.task).is_dir():
+    if config.task not in TASKS and not os.path.isdir(config.task):
         raise UserError(f"unknown task {config.task!r}: use {', '.join(TASKS)}, or a folder with "
                         "task.json, train.jsonl and validation.jsonl")
     if any(len(set(values)) < len(values) for values in (config.schedule, config.seed)):
@@ -1528,61 +1901,130 @@ def pick_device(name: str):
     return torch.device(name)
 
 
-def new_folder(name: str) -> Path:
-    """Make the folder for this command's runs; UserError if it is in use or cannot be made."""
-    folder = Path(time.strftime("runs/%Y-%m-%d_%H%M%S") if name == Config.out else name)
-    folder = gathered(folder)[0]  # clocks differ
-    if rank():
-        return folder
+def settings(config: Config) -> dict:
+    """What a command goes on with, and a run is described by."""
+    return {key: value for key, value in vars(config).items() if key != "resume"}
+
+
+def claim(config: Config, hold: contextlib.ExitStack) -> Path:
+    """The folder for this command's runs, for this process alone until `hold` is closed.
+
+    UserError if another process has it, if it is in use (but for --resume), or cannot be written.
+    """
+    import filelock
+
+    out, problem = Path(config.out), None
+    if rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            hold.enter_context(filelock.FileLock(out / ".lock", blocking=False))
+            if config.resume:
+                pass
+            elif {path.name for path in out.iterdir()} - {".lock", "command.json.tmp"}:
+                problem = "is not empty, and nothing is overwritten: name another"
+            else:
+                write(out / "command.json", json.dumps(settings(config), indent=2))
+        except filelock.Timeout:
+            problem = "is in use by another fpt.py"
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror}"
+    problem = gathered(problem)[0]
+    if problem:
+        raise UserError(f"folder {out} {problem}")
+    return out
+
+
+def run_name(schedule: str, seed: int) -> str:
+    """Of a run's folder; schedules of many stages are longer than a name may be."""
+    short = schedule if len(schedule) < 100 else f"{schedule[:80]}_{digest(schedule)}"
+    return f"{re.sub('[:,]', '_', short)}-seed{seed}"
+
+
+@contextlib.contextmanager
+def in_one_line(out: Path | None = None):
+    """What ends a command from outside becomes one line, with the command that goes on in `out`."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    again = shlex.join([*(("torchrun", f"--nproc_per_node={processes}") if processes else
+                          ("python",)), sys.argv[0], "--resume", str(out)])
+    hint = f". To go on: {again}" if out else ""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
+        yield
+    except KeyboardInterrupt as stop:
+        number, *text = stop.args or (signal.SIGINT,)
+        text = text or [f"stopped by {signal.Signals(number).name}{hint}"]
+        raise Stopped(number, *text) from None
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from None
-    if used:
-        raise UserError(f"--out {folder} is not empty, and nothing is overwritten: name another")
-    return folder
+        raise UserError(f"{error.filename or 'input or output'}: {error.strerror or error}{hint}"
+                        ) from None
+    except (RuntimeError, MemoryError) as error:  # torch's are RuntimeErrors, and of many kinds
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate" in str(error):
+            raise UserError("out of memory; --accumulate 2 and --checkpointing need less"
+                            f"{hint}") from None
+        if workers() > 1 and re.search("gloo|nccl|connection|socket", str(error), re.I):
+            raise UserError(f"another process of this run has ended{hint}") from None
+        raise
 
 
 def main(argv=None) -> list[dict]:
     """Run every schedule and seed of the command on one loaded model; returns what it wrote."""
-    config = parse_args(argv)
     try:
-        device = pick_device(config.device)
-        join(device)
-        check(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        ask_hub(config)
-        data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
-        model, tokenizer = load_model(config.model, device, config.precision)
-        label_ids(tokenizer, data.task)  # this line and the next: to refuse before a folder is made
-        start_prompt(model, tokenizer, data.task, config, seed=0)
-        out = new_folder(config.out)
-        if data.task.flags:
-            print(f"{config.task} suggests, unless told otherwise: {data.task.flags}")
-        several = f" in {workers()} processes" if workers() > 1 else ""
-        print(f"{config.model} on {device} in {config.precision}{several}; {config.task}: "
-              f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
-              f"examples; writes {out}")
-        results, folders = [], []
-        for seed in config.seed:
-            for name in config.schedule:
-                folders.append(out / f"{re.sub('[:,]', '_', name)}-seed{seed}")
-                results.append(tune(model, tokenizer, name, data, config, seed, folders[-1]))
+        with stopping(), contextlib.ExitStack() as hold, in_one_line():
+            return run(parse_args(argv), hold)
     except UserError as error:
-        print(f"fpt.py: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).splitlines())
+        line = line if len(line) < 1000 else f"{line[:600]} ... {line[-300:]}"
+        print(f"fpt.py: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
-    if len(results) > 1 and rank() == 0:
-        report(folders, out)
+    except Stopped as stop:
+        if rank() == 0:
+            print(f"fpt.py: {stop.args[1]}", file=sys.stderr)
+        raise SystemExit(128 + stop.args[0]) from None
+
+
+def run(config: Config, hold: contextlib.ExitStack) -> list[dict]:
+    """What `main` does, with exceptions for what goes wrong; `hold` keeps the folder's lock."""
+    device = pick_device(config.device)
+    join(device)
+    check(config)
+    if config.out == Config.out:  # clocks differ
+        config.out = gathered(time.strftime("runs/%Y-%m-%d_%H%M%S"))[0]
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    ask_hub(config)
+    data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
+    model, tokenizer = load_model(config.model, device, config.precision)
+    label_ids(tokenizer, data.task)  # this and the next two: to refuse before a folder is made
+    start_prompt(model, tokenizer, data.task, config, seed=0)
+    check_origin(config, model, tokenizer)
+    out = claim(config, hold)
+    introduce(config, data, device)
+    folders = {out / run_name(name, seed): (name, seed)
+               for seed in config.seed for name in config.schedule}
+    with in_one_line(out):
+        results = [tune(model, tokenizer, name, data, config, seed, folder)
+                   for folder, (name, seed) in folders.items()]
+        if len(results) > 1 and rank() == 0:
+            report(list(folders), out)
     if data.task.note:
         print(f"\nNote of {config.task}: {data.task.note}")
     print("\nTo use the best prompt of the last run:\n"
           "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
           f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"
-          f"    model = PeftModel.from_pretrained(model, {str(folders[-1] / 'prompt')!r})")
+          f"    model = PeftModel.from_pretrained(model, {str(list(folders)[-1] / 'prompt')!r})")
     return results
 
 
+def introduce(config: Config, data: Data, device) -> None:
+    """What is about to run, on the screen."""
+    if data.task.flags:
+        print(f"{config.task} suggests, unless told otherwise: {data.task.flags}")
+    several = f" in {workers()} processes" if workers() > 1 else ""
+    print(f"{config.model} on {device} in {config.precision}{several}; {config.task}: "
+          f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
+          f"examples; {'goes on in' if config.resume else 'writes'} {config.out}")
+
+
 if __name__ == "__main__":
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="backslashreplace")  # an ascii terminal has no ±
     main()
