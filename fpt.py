@@ -775,6 +775,9 @@ def hub_failure(what: str, error: Exception) -> str:
         return f"{what}: its pickle holds more than weights, and could run anything: not loaded"
     if "custom code" in chain:
         return f"{what}: it brings code of its own, which is never run here"
+    if any(word in chain for word in ("peer closed connection", "RemoteProtocolError",
+                                      "IncompleteRead", "Consistency check failed")):
+        return f"{what}: the download broke off, and what came is not used: run the command again"
     if any(word in chain for word in ("ConnectionError", "ConnectError", "LocalEntryNotFound",
                                       "OfflineMode", "couldn't connect")):
         return (f"{what}: not in the local cache, and the hub does not answer. Use folders for "
@@ -1917,7 +1920,7 @@ def claim(config: Config, hold: contextlib.ExitStack) -> Path:
     if rank() == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            hold.enter_context(filelock.FileLock(out / ".lock", blocking=False))
+            hold.enter_context(filelock.FileLock(out / ".lock", timeout=0))
             if config.resume:
                 pass
             elif {path.name for path in out.iterdir()} - {".lock", "command.json.tmp"}:
@@ -1968,7 +1971,7 @@ def in_one_line(out: Path | None = None):
 def main(argv=None) -> list[dict]:
     """Run every schedule and seed of the command on one loaded model; returns what it wrote."""
     try:
-        with stopping(), contextlib.ExitStack() as hold, in_one_line():
+        with in_one_line(), stopping(), contextlib.ExitStack() as hold:
             return run(parse_args(argv), hold)
     except UserError as error:
         line = " ".join(str(error).splitlines())
