@@ -1862,7 +1862,7 @@ def check(config: Config) -> None:
     """Refuse what is known to fail before anything is loaded; raises UserError."""
     for name, value in vars(config).items():
         least = 0 if name in ("limit", "threads", "save_seconds") else 1
-        most = {"batch": 10**5, "prompt_length": 10**5, "threads": 10**3}.get(name, 10**9)
+        most = {"batch": 10**5, "prompt_length": 10**4, "threads": 10**3}.get(name, 10**9)
         if type(value) is int and not least <= value <= most:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least} and at most "
                             f"{most}, not {value}")
