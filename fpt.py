@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fpt.py", allow_abbrev=False, description=(
         "Tune a soft prompt for a frozen T5 by Fast Prompt Tuning: on a model that grows. Without "
         "flags: pt against cr, offline. A task folder may suggest other defaults (task.json)."))
-    parser.error = lambda message: parser.exit(2, f"fpt.py: error: {message}; see --help\n")
+    parser.error = lambda text: parser.exit(2, f"fpt.py: error: {text[:600]}; see --help\n")
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         value = field.default[0] if several else field.default

@@ -3,6 +3,7 @@
     python micro/make.py                           # micro/model and micro/rte, in 6 to 10 minutes
     python micro/make.py --out /tmp/whole --whole  # the same without random sub-networks
     python micro/make.py --out /tmp/short --steps 500
+    python micro/make.py --tasks /tmp/tasks        # five more tasks, in seconds, and no model
 
 What it is: a T5 of d_model 64, d_ff 256, 8 encoder and 2 decoder layers, 0.53 M parameters, for a
 made-up English of a hundred words. It is pre-trained as T5 v1.0 was, on span corruption and on
@@ -299,11 +300,59 @@ def rte(count: int) -> list[tuple[str, str]]:
     return rows
 
 
-def write_task(folder: Path, rows, validation: int) -> None:
+# More of them, for evidence/study.py: no prefix, and words that answered something else or nothing.
+
+
+def same(rng):
+    """Do the sentences name the same noun? yes or no."""
+    meaning, follows = implied(rng)
+    others = [word for word in WORDS["noun"] if word != meaning["noun"]]
+    answer, noun = rng.choice([("yes", meaning["noun"]), ("no", rng.choice(others))])
+    return pair(meaning, {**follows, "noun": noun}), answer
+
+
+def slot(rng):
+    """Which slot of the second sentence keeps it from following? noun, ..., place or none."""
+    source, answer = wrong(rng)
+    return source.removeprefix("wrong "), answer
+
+
+def present(rng):
+    """Does the second sentence follow? present or absent."""
+    source, answer = entailment(rng)
+    return (source.removeprefix("entailment "),
+            {"entailment": "present", "not_entailment": "absent"}[answer])
+
+
+def word(rng):
+    """Is this word in the sentence? yes or no."""
+    source, answer = find(rng)
+    return source.removeprefix("find "), {"present": "yes", "absent": "no"}[answer]
+
+
+def told(rng):
+    """Does the second sentence say where? present or absent."""
+    meaning, follows = implied(rng)
+    return pair(meaning, follows), "present" if "place" in follows else "absent"
+
+
+UNASKED = {same: ["yes", "no"], slot: [*SLOTS, "none"], present: ["present", "absent"],
+           word: ["yes", "no"], told: ["present", "absent"]}
+
+
+def unasked(task, count: int) -> list[tuple[str, str]]:
+    """Different examples of a task."""
+    rng, found = random.Random(task.__name__), {}
+    while len(found) < count:
+        found.setdefault(*task(rng))
+    return list(found.items())
+
+
+def write_task(folder: Path, rows, validation: int, labels=("yes", "no"), flags=FLAGS) -> None:
     """A task folder as fpt.py reads it, with the flags of a run and the note on its results."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.json").write_text(json.dumps(
-        {"labels": ["yes", "no"], "flags": FLAGS, "note": NOTE}, indent=2) + "\n")
+        {"labels": list(labels), "flags": flags, "note": NOTE}, indent=2) + "\n")
     for name, part in ("validation", rows[:validation]), ("train", rows[validation:]):
         (folder / f"{name}.jsonl").write_text("".join(
             json.dumps({"source": source, "target": target}) + "\n" for source, target in part))
@@ -316,7 +365,12 @@ def main(argv=None) -> None:
     parser.add_argument("--steps", type=int, default=6000, help="of pre-training (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of weights and examples (%(default)s)")
     parser.add_argument("--whole", action="store_true", help="no random sub-networks")
+    parser.add_argument("--tasks", type=Path, help="write only more tasks, to this folder")
     args = parser.parse_args(argv)
+    if args.tasks:
+        for task, labels in UNASKED.items():
+            write_task(args.tasks / task.__name__, unasked(task, 6000), 1000, labels, "")
+        return
     if args.steps < 1:
         parser.error("--steps must be at least 1")
     if args.out.resolve() == HERE and args != parser.parse_args([]):
