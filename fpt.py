@@ -131,6 +131,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    for number in signal.SIGINT, signal.SIGTERM:  # until `main` listens, and when it has ended
+        signal.signal(number, lambda number, _: os._exit(128 + number))
     make_parser().parse_args()  # --help and a mistyped flag answer at once: torch imports slowly
 
 import torch  # noqa: E402
@@ -564,17 +566,23 @@ def load_prompt(folder) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    files = [Path(folder) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
     try:
-        adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        prompt = load_file(Path(folder) / "adapter_model.safetensors")["prompt_embeddings"]
-        length = adapter["num_virtual_tokens"]
-        if adapter["peft_type"] != "PROMPT_TUNING" or not 0 < length <= len(prompt):
+        if not all(file.is_file() for file in files):  # a pipe would keep the reader waiting
+            raise ValueError(f"it lacks {' or '.join(file.name for file in files)}")
+        adapter = json.loads(files[0].read_text(encoding="utf-8"))
+        prompt, length = load_file(files[1])["prompt_embeddings"], adapter["num_virtual_tokens"]
+        if (adapter["peft_type"] != "PROMPT_TUNING" or type(length) is not int
+                or not 0 < length <= len(prompt)):
             raise ValueError("its files do not describe one")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if prompt.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"it is of {prompt.dtype}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no prompt saved by fpt.py or PEFT: {error}") from None
+    prompt = prompt.float()
     if prompt.dim() != 2 or not prompt.isfinite().all():
         raise ValueError(f"the prompt in {folder} is no matrix, or has NaN or infinite values")
-    return prompt[:length].float()  # rows beyond are PEFT's decoder prompt, which T5 never sees
+    return prompt[:length]  # rows beyond are PEFT's decoder prompt, which T5 never sees
 
 
 # ====== 5 Tasks and data ==========================================================================
@@ -712,12 +720,7 @@ def load_folder(folder: Path):
     """
     def parse(name, convert, whole=False):
         path, found = folder / name, []
-        try:
-            if folder.resolve() not in path.resolve().parents:  # a folder may come from anywhere
-                raise UserError(f"{path} points outside its folder: put the file itself there")
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
+        text = read_text(path, folder)
         for number, line in enumerate([text] if whole else text.split("\n"), 1):
             try:
                 if whole or line.strip():
@@ -729,7 +732,8 @@ def load_folder(folder: Path):
     def example(row):
         source, target = (row.get("source"), row.get("target")) if isinstance(row, dict) else (0, 0)
         answers = tuple(target) if isinstance(target, list) else (target,)
-        if not answers or not all(isinstance(x, str) and x.strip() for x in (source, *answers)):
+        if not answers or not all(isinstance(x, str) and x.encode() and x.strip()  # no surrogates
+                                  for x in (source, *answers)):
             raise ValueError('needs a text "source" and a "target", a text or a list of texts')
         if task.labels and target not in task.labels:
             raise ValueError(f"target {target!r} is none of the labels {', '.join(task.labels)}")
@@ -739,12 +743,25 @@ def load_folder(folder: Path):
     return task, parse("train.jsonl", example), parse("validation.jsonl", example)
 
 
+def read_text(path: Path, folder: Path | None = None) -> str:
+    """A text file; UserError if it cannot be read, is a pipe or a device, or not in `folder`."""
+    try:
+        if folder and folder.resolve() not in path.resolve().parents:  # it may come from anywhere
+            raise UserError(f"{path} points outside its folder: put the file itself there")
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot read {path}: it is not a regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, RuntimeError) as error:  # the last: links in a circle
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
 def folder_task(spec: dict) -> Task:
     """The content of a task.json -> `Task`; raises ValueError naming the key."""
     kinds = {"labels": list, "metric": str, "decoder": bool, "prefix": str, "max_target": int,
              "flags": str, "note": str}
     if not isinstance(spec, dict):
         raise ValueError("must be an object: {...}")
+    json.dumps(spec, ensure_ascii=False).encode()  # ValueError for half of a surrogate pair
     for key, value in spec.items():
         if type(value) is not kinds.get(key):
             known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
@@ -759,8 +776,8 @@ def folder_task(spec: dict) -> Task:
                          "accuracy_macro_f1; without, em_f1 or rouge_l")
     if task.metric == "accuracy_f1" and len(labels) != 2:
         raise ValueError("accuracy_f1 is for two labels; use accuracy_macro_f1")
-    if task.max_target < 1:
-        raise ValueError("max_target must be at least 1")
+    if not 1 <= task.max_target <= 10**6:
+        raise ValueError("max_target must be at least 1 and at most 1,000,000")
     return task
 
 
@@ -811,6 +828,8 @@ def ask_hub(config: Config) -> None:
 def load_model(name: str, device, precision: str):
     """-> the model, frozen and in eval mode, and its tokenizer, by transformers' own code."""
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no thread that has a bot convert
+    import warnings
+
     import transformers
 
     transformers.logging.set_verbosity_error()  # its warning on untied T5 heads advises wrongly
@@ -818,23 +837,46 @@ def load_model(name: str, device, precision: str):
     # Named, because the default is the checkpoint's dtype. In fp16 T5's activations overflow.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        # Without trust_remote_code=False, transformers asks whether to run what a model brings.
-        check_t5(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        load = functools.partial(transformers.AutoModelForSeq2SeqLM.from_pretrained, name,
-                                 dtype=dtype, trust_remote_code=False)
-        try:
-            model = load(use_safetensors=True)
-        except OSError as error:
-            if not re.search("no file named model.safetensors|cannot be loaded with", str(error)):
-                raise
-            model = load(use_safetensors=False)
-            print(f"{name} has no safetensors; its pickle went through torch's weights-only loader")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is raised here, in one line
+            model, tokenizer, info = read_model(name, dtype)
         check_layout(model)
+        check_loaded(model, tokenizer, info)
     except Exception as error:  # as above
         raise UserError(hub_failure(f"model {name}", error)) from None
     # eval() only turns dropout off, as the paper does; gradients reach the prompt all the same.
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def read_model(name: str, dtype):
+    """-> model, tokenizer, and what did not fit, as transformers tells it."""
+    import transformers
+
+    # Without trust_remote_code=False, transformers asks whether to run what a model brings.
+    check_t5(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    load = functools.partial(transformers.AutoModelForSeq2SeqLM.from_pretrained, name,
+                             dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    try:
+        model, info = load(use_safetensors=True)
+    except OSError as error:
+        if not re.search("no file named model.safetensors|cannot be loaded with", str(error)):
+            raise
+        model, info = load(use_safetensors=False)
+        print(f"{name} has no safetensors; its pickle went through torch's weights-only loader")
+    return model, tokenizer, info
+
+
+def check_loaded(model, tokenizer, info: dict) -> None:
+    """Raise ValueError for what transformers passes over: weights it drew at random or left out."""
+    for kind in "missing_keys", "mismatched_keys", "unexpected_keys":
+        if info[kind]:
+            raise ValueError(f"config and weights do not fit: {len(info[kind])} {kind}, among them "
+                             f"{min(map(str, info[kind]))}")
+    if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
+        raise ValueError("its tokenizer has more tokens than the model has embeddings")
+    if None in (model.config.decoder_start_token_id, model.config.pad_token_id):
+        raise ValueError("its config lacks decoder_start_token_id or pad_token_id")
 
 
 def digest(value) -> str:
@@ -844,10 +886,12 @@ def digest(value) -> str:
 
 def fingerprint(model, tokenizer) -> dict[str, str]:
     """What tells whether a prompt belongs to a model, in either precision and under any name."""
-    first = model.get_input_embeddings().weight[:1000].detach().bfloat16().view(torch.int16)
+    parts = [weight.detach().flatten()[::max(1, weight.numel() // 64)].bfloat16().float().tolist()
+             for weight in model.parameters()]  # 64 numbers of each, or up to 127
+    probe = tokenizer("A fox, 12.5 (naïve)\n<extra_id_0> word").input_ids  # how it cuts and ends
     return {"family": f"{model.config.model_type} {model.config.feed_forward_proj}",
-            "tokenizer": digest(sorted(tokenizer.get_vocab().items(), key=str)),
-            "embeddings": digest(first.cpu().numpy().tobytes())}
+            "tokenizer": digest((sorted(tokenizer.get_vocab().items(), key=str), probe)),
+            "weights": digest(parts)}
 
 
 def label_ids(tokenizer, task: Task) -> list[list[int]]:
@@ -1050,7 +1094,7 @@ class Progress:
     Official: resumes into the smallest model once the last growth is behind it.
     """
 
-    origin: dict  # what it is a run of (`fingerprint`, data, schedule, seed): no other may go on
+    origin: dict  # what it is a run of, model, data and settings: no other may go on
     step: int = 0  # updates made
     stage: int = 1  # of the last of them
     losses: list = dataclasses.field(default_factory=list)  # since the last evaluation
@@ -1108,8 +1152,9 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
 
 def begin(model, tokenizer, prompt, optimizer, schedule, data, config, seed, folder) -> Progress:
     """A run as its checkpoint has it; without one a new run, with the neurons scored if need be."""
-    origin = {**fingerprint(model, tokenizer), "data": digest(data), "seed": seed,
-              "schedule": [list(part) for part in schedule]}
+    origin = {**fingerprint(model, tokenizer), "data": digest(data), "start": digest(
+        prompt.weight.tolist()), "settings": digest(fixed(config)), "seed": seed,
+        "schedule": [list(part) for part in schedule]}
     run = load_checkpoint(folder, prompt, optimizer, origin)
     if run is None:
         run = Progress(origin)
@@ -1340,7 +1385,8 @@ def write(path: Path, content: str | bytes) -> None:
         return
     draft = path.with_name(path.name + ".tmp")
     try:
-        with open(draft, "wb") as file:
+        draft.unlink(missing_ok=True)
+        with open(draft, "xb") as file:  # x: not through a link that somebody left here
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -1371,31 +1417,32 @@ def load_checkpoint(folder: Path, prompt: SoftPrompt, optimizer, origin) -> Prog
     UserError if it is damaged, or of a run of another `origin`.
     """
     path = folder / "checkpoint.safetensors"
-    content = gathered(path.read_bytes() if rank() == 0 and path.exists() else None)[0]
+    content = gathered(path.read_bytes() if rank() == 0 and path.is_file() else None)[0]
     if content is None:
         return None
+    device, state, scores = prompt.weight.device, {}, {}
     try:
         tensors, facts = unsealed(content)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}; without this file the run begins anew") from None
-    changed = [key for key in origin if origin[key] != facts["origin"].get(key)]
-    if changed:
-        raise UserError(f"{path} is of a run with another {', '.join(changed)}: it cannot go on")
-    device = prompt.weight.device
-    prompt.weight.data.copy_(tensors.pop("prompt"))
-    best, state, scores = tensors.pop("best", None), facts.pop("optimizer"), {}
-    for name, tensor in tensors.items():
-        kind, key = name.split(".")
-        if kind == "optimizer":
-            state[key] = tensor
-        else:
-            scores.setdefault(kind, {})[int(key)] = tensor.to(device)
-    if state:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
-    facts["best"] = None if best is None else (best.to(device), *facts["best"])
-    facts["scores"] = {side: [rows[i] for i in range(len(rows))]
-                       for side, rows in scores.items()} or None
-    return Progress(**facts)
+        changed = [key for key in origin if origin[key] != facts["origin"].get(key)]
+        if changed:
+            raise ValueError(f"it is of a run with another {', '.join(changed)}")
+        prompt.weight.data.copy_(tensors.pop("prompt"))
+        best, state = tensors.pop("best", None), facts.pop("optimizer")
+        for name, tensor in tensors.items():
+            kind, key = name.split(".")
+            if kind == "optimizer":
+                state[key] = tensor
+            else:
+                scores.setdefault(kind, {})[int(key)] = tensor.to(device)
+        if state:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
+        facts["best"] = None if best is None else (best.to(device), *facts["best"])
+        facts["scores"] = {side: [rows[i] for i in range(len(rows))]
+                           for side, rows in scores.items()} or None
+        return Progress(**facts)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"cannot go on from {path}: {error}; without this file the run begins anew"
+                        ) from None
 
 
 def sealed(tensors: dict[str, Tensor], facts: dict) -> bytes:
@@ -1462,13 +1509,16 @@ def tune(model, tokenizer, name: str, data: Data, config: Config, seed: int, fol
     print(f"\n{name}, seed {seed}: " + ", ".join(
         f"{s.depth:g}x{s.width:g} for {s.share:.0%}" for s in schedule) + " of the updates")
     if results:
+        differ = [key for key, value in fixed(config).items() if before[key] != value]
+        if differ:
+            raise UserError(f"{folder} was finished with another {', '.join(differ)}")
         print(f"finished before: {folder}")
         return results
     prompt = SoftPrompt(start_prompt(model, tokenizer, data.task, config, seed)).to(model.device)
     if before is None:
         write_settings(folder, config, name, seed, schedule, prompt)
-    elif before["versions"] != versions():
-        print(f"warning: begun with {before['versions']}; other versions may round otherwise")
+    elif before.get("versions") != versions():
+        print(f"warning: begun with {before.get('versions')}; others may round otherwise")
     run, final = train(model, tokenizer, prompt, schedule, data, config, seed, folder)
     save_prompt(folder / "prompt-last", prompt.weight, config.model, run.origin)
     prompt.weight.data.copy_(run.best[0])
@@ -1498,26 +1548,28 @@ def found(folder: Path) -> tuple[dict | None, dict | None]:
     for i, name in enumerate(("results.json", "config.json")):
         if rank() == 0 and (folder / name).exists():
             files[i] = read_json(folder / name)
+    if files[0] and not set(fixed(Config())) <= set(files[1] or ()):
+        raise UserError(f"{folder / 'config.json'} does not hold the settings of the run")
     return gathered(tuple(files))[0]
 
 
 def read_json(path: Path) -> dict:
     """The object in a file; UserError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        reason = "no object"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = str(error)
-    raise UserError(f"cannot read {path}: {reason}")
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"cannot read {path}: it holds no object")
+    return content
 
 
 def write_settings(folder: Path, config: Config, name, seed, schedule, prompt) -> None:
     """A folder for a new run, and its config.json."""
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-    run = {**settings(config), "schedule": name, "seed": seed, "prompt_length": len(prompt.weight)}
+    run = {**vars(config), "schedule": name, "seed": seed, "prompt_length": len(prompt.weight)}
+    del run["out"], run["resume"]
     write(folder / "config.json", json.dumps(
         {**run, "stages": schedule, "device": str(prompt.weight.device), "versions": versions()},
         indent=2))
@@ -1550,6 +1602,8 @@ def start_prompt(model, tokenizer, task: Task, config: Config, seed: int) -> Ten
         prompt = load_prompt(config.init)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if len(prompt) > 10**4:
+        raise UserError(f"the prompt in {config.init} has {len(prompt)} vectors; 10,000 at most")
     if prompt.shape[1] != embeddings.shape[1]:
         raise UserError(f"the prompt in {config.init} is {prompt.shape[1]} wide and {config.model} "
                         f"{embeddings.shape[1]}: it was trained for another model")
@@ -1570,7 +1624,7 @@ def check_origin(config: Config, model, tokenizer) -> None:
         if then.get(key) != now[key]:
             raise UserError(f"the prompt in {path.parent} was trained on a model of another {key} "
                             f"({then.get(key)}) than {config.model} ({now[key]})")
-    if then.get("embeddings") != now["embeddings"]:
+    if then.get("weights") != now["weights"]:
         print(f"warning: the prompt in {path.parent} was trained on other weights than those of "
               f"{config.model}")
 
@@ -1589,10 +1643,10 @@ def read_run(folder: Path) -> dict:
     `curve` has a row per evaluation: update, stage, FLOPs so far (scoring included), dev score, and
     `best`, the highest dev score so far: that of the prompt that a run stopped here would keep.
     """
-    config, results, seconds = (read_json(folder / name) for name in (
-        "config.json", "results.json", "seconds.json"))
-    try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").open(encoding="utf-8")]
+    with finished(folder):
+        config, results, seconds = (read_json(folder / name) for name in (
+            "config.json", "results.json", "seconds.json"))
+        log = [json.loads(line) for line in read_text(folder / "log.jsonl").splitlines()]
         scores = [main_score(row["dev"]) for row in log]
         curve = [{"step": row["step"], "stage": row["stage"], "dev": score, "best": best,
                   "flops": row["flops"] + row["scoring_flops"]}
@@ -1603,8 +1657,17 @@ def read_run(folder: Path) -> dict:
         return {**results, "train_seconds": seconds["train"], "curve": curve,
                 "prompt": load_prompt(folder / "prompt-last").flatten(),
                 "full_updates": sum(whole), "settings": config}
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder} does not hold a finished run: {error!r}") from None
+
+
+@contextlib.contextmanager
+def finished(folder: Path):
+    """UserError for whatever fails in this block because files were edited or damaged."""
+    try:
+        yield
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            StopIteration) as error:
+        raise UserError(f"the files in {folder} are not those of finished runs: {error!r}"
+                        ) from None
 
 
 def by_schedule(runs: list[dict]) -> dict[str, list[dict]]:
@@ -1712,15 +1775,16 @@ def spread(values: list[float], digits: int = 1) -> str:
 def report(folders: list[Path], out: Path) -> None:
     """The comparison of finished runs: tables on the screen, comparison.json and comparison.png."""
     runs = [read_run(folder) for folder in folders]
-    rows, cosines = compare(runs), similarity(runs)
-    curves = [{"schedule": run["schedule"], "seed": run["seed"], **{
-        key: [row[key] for row in run["curve"]] for key in run["curve"][0]}} for run in runs]
+    with finished(out):
+        rows, cosines = compare(runs), similarity(runs)
+        curves = [{"schedule": run["schedule"], "seed": run["seed"], **{
+            key: [row[key] for row in run["curve"]] for key in run["curve"][0]}} for run in runs]
+        picture, text = io.BytesIO(), tables(runs, rows, cosines)
+        figure(runs, rows).savefig(picture, dpi=150)
     write(out / "comparison.json", json.dumps({
         "settings": runs[0]["settings"], "schedules": rows, "cosines": cosines, "curves": curves}))
-    picture = io.BytesIO()
-    figure(runs, rows).savefig(picture, dpi=150)
     write(out / "comparison.png", picture.getvalue())
-    print(tables(runs, rows, cosines))
+    print(text)
     print(f"\nFigure: {out / 'comparison.png'}; its numbers: comparison.json; every run: {out}")
 
 
@@ -1809,7 +1873,7 @@ def parse_args(argv=None) -> Config:
     """Flags -> `Config`. Those that a task folder suggests come first, so the command's win."""
     parser, given = make_parser(), sys.argv[1:] if argv is None else argv
     chosen = parser.parse_args(given)
-    if chosen.resume:
+    if any(word.split("=")[0] == "--resume" for word in given):
         parser.set_defaults(**dict.fromkeys(vars(chosen)))
         given = vars(parser.parse_args(given))
         return resumed(chosen.resume, {key: given[key] for key in given if given[key] is not None})
@@ -1833,15 +1897,16 @@ def resumed(name: str, given: dict) -> Config:
         raise UserError(f"--resume goes on with the settings of its folder; of others only "
                         f"{', '.join('--' + flag.replace('_', '-') for flag in RESUMABLE)} are "
                         f"possible, not --{min(wrong).replace('_', '-')}")
-    folder = Path(name)
+    folder = Path(os.path.abspath(name)) if name else Path("command.json")
     if not (folder / "command.json").exists() and (folder.parent / "command.json").exists():
         folder = folder.parent  # the folder of one of its runs
     saved = {key: tuple(value) if isinstance(value, list) else value
-             for key, value in read_json(folder / "command.json").items()}
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Config)}
-    strange = [key for key, value in saved.items() if type(value) is not kinds.get(key)]
-    if strange:
-        raise UserError(f"{folder / 'command.json'}: {strange[0]!r} is no setting of this fpt.py")
+             for key, value in read_json(folder / "command.json").items() if key != "origin"}
+    for key, value in saved.items():
+        usual = getattr(Config, key, None)
+        kinds = {type(item) for item in value} if type(value) is tuple else set()
+        if type(value) is not type(usual) or type(usual) is tuple and kinds != {type(usual[0])}:
+            raise UserError(f"{folder / 'command.json'}: {key!r} is no setting of this fpt.py")
     return dataclasses.replace(Config(**saved), **{**given, "resume": name, "out": str(folder)})
 
 
@@ -1853,8 +1918,8 @@ SUGGESTIBLE = ("--schedule", "--seed", "--steps", "--batch", "--prompt-length", 
 def suggested_flags(folder: Path) -> list[str]:
     """The "flags" of a task.json; none if there are none or, as `load_folder` will say, no file."""
     try:
-        return json.loads((folder / "task.json").read_text(encoding="utf-8"))["flags"].split()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return json.loads(read_text(folder / "task.json", folder))["flags"].split()
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 
@@ -1869,6 +1934,8 @@ def check(config: Config) -> None:
     if config.batch < workers() * config.accumulate:
         raise UserError(f"--batch {config.batch}: {workers()} processes with --accumulate "
                         f"{config.accumulate} need {workers() * config.accumulate} at least")
+    if any(letter < " " for letter in config.out):
+        raise UserError("--out has a control character")
     if not 0 < config.lr < math.inf:
         raise UserError(f"--lr must be a positive number, not {config.lr}")
     if config.precision not in ("fp32", "bf16"):
@@ -1893,6 +1960,8 @@ def pick_device(name: str):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device is auto, cpu, cuda, cuda:N or mps, not {name}")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -1904,29 +1973,34 @@ def pick_device(name: str):
     return torch.device(name)
 
 
-def settings(config: Config) -> dict:
-    """What a command goes on with, and a run is described by."""
-    return {key: value for key, value in vars(config).items() if key != "resume"}
+def fixed(config: Config) -> dict:
+    """The settings of every run that decide about its results; what they name is in its origin."""
+    return {key: value for key, value in vars(config).items() if key not in (
+        "model", "task", "init", "out", "resume", "schedule", "seed", "prompt_length", *RESUMABLE)}
 
 
-def claim(config: Config, hold: contextlib.ExitStack) -> Path:
+def claim(config: Config, origin: dict, hold: contextlib.ExitStack) -> Path:
     """The folder for this command's runs, for this process alone until `hold` is closed.
 
-    UserError if another process has it, if it is in use (but for --resume), or cannot be written.
+    UserError if another process has it; if it is in use, or, for --resume, of another `origin` or
+    with links in it, which might lead anywhere; or if it cannot be written.
     """
     import filelock
 
-    out, problem = Path(config.out), None
+    out, problem = Path(config.out), ""
+    if not config.resume and (out.parent / "command.json").exists():
+        raise UserError(f"folder {out} is inside the folder of another command: name another")
     if rank() == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            hold.enter_context(filelock.FileLock(out / ".lock", timeout=0))
-            if config.resume:
-                pass
-            elif {path.name for path in out.iterdir()} - {".lock", "command.json.tmp"}:
-                problem = "is not empty, and nothing is overwritten: name another"
-            else:
-                write(out / "command.json", json.dumps(settings(config), indent=2))
+            problem = unfit(config, origin, out)  # before there is a lock in it, and after
+            if not problem:
+                hold.enter_context(filelock.FileLock(out / ".lock", timeout=0))
+                problem = unfit(config, origin, out)
+            if not problem and not config.resume:
+                write(out / "command.json", json.dumps({
+                    **{key: value for key, value in vars(config).items()
+                       if key not in ("out", "resume")}, "origin": origin}, indent=2))
         except filelock.Timeout:
             problem = "is in use by another fpt.py"
         except OSError as error:
@@ -1935,6 +2009,22 @@ def claim(config: Config, hold: contextlib.ExitStack) -> Path:
     if problem:
         raise UserError(f"folder {out} {problem}")
     return out
+
+
+def unfit(config: Config, origin: dict, out: Path) -> str:
+    """Why a command cannot write to this folder; nothing if it can."""
+    names = set(os.listdir(out))
+    if not config.resume:
+        if names - {".lock"} and names != {".lock", "command.json.tmp"}:  # killed before it began
+            return "is not empty, and nothing is overwritten: name another"
+        return ""
+    links = [path for path in out.rglob("*") if path.is_symlink()]
+    if links:
+        return f"has a symbolic link, {links[0]}: nothing is written where that may lead"
+    before = read_json(out / "command.json").get("origin")
+    before = before if isinstance(before, dict) else {}
+    changed = [key for key in origin if before.get(key) != origin[key]]
+    return f"is of a command with another {', '.join(changed)}: it cannot go on" if changed else ""
 
 
 def run_name(schedule: str, seed: int) -> str:
@@ -1948,7 +2038,7 @@ def in_one_line(out: Path | None = None):
     """What ends a command from outside becomes one line, with the command that goes on in `out`."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     again = shlex.join([*(("torchrun", f"--nproc_per_node={processes}") if processes else
-                          ("python",)), sys.argv[0], "--resume", str(out)])
+                          ("python",)), sys.argv[0], f"--resume={out}"])
     hint = f". To go on: {again}" if out else ""
     try:
         yield
@@ -1991,15 +2081,19 @@ def run(config: Config, hold: contextlib.ExitStack) -> list[dict]:
     check(config)
     if config.out == Config.out:  # clocks differ
         config.out = gathered(time.strftime("runs/%Y-%m-%d_%H%M%S"))[0]
+    for name in "model", "task", "init":  # --resume may be said elsewhere
+        if os.path.isdir(getattr(config, name)) and getattr(config, name) not in TASKS:
+            setattr(config, name, os.path.abspath(getattr(config, name)))
     if config.threads:
         torch.set_num_threads(config.threads)
     ask_hub(config)
     data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
     model, tokenizer = load_model(config.model, device, config.precision)
     label_ids(tokenizer, data.task)  # this and the next two: to refuse before a folder is made
-    start_prompt(model, tokenizer, data.task, config, seed=0)
+    start = start_prompt(model, tokenizer, data.task, config, seed=0)
     check_origin(config, model, tokenizer)
-    out = claim(config, hold)
+    out = claim(config, {**fingerprint(model, tokenizer), "data": digest(data),
+                         "start": digest(start.tolist())}, hold)
     introduce(config, data, device)
     folders = {out / run_name(name, seed): (name, seed)
                for seed in config.seed for name in config.schedule}
@@ -2028,6 +2122,8 @@ def introduce(config: Config, data: Data, device) -> None:
 
 
 if __name__ == "__main__":
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")  # an ascii terminal has no ±
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # an ascii terminal has no ±
     main()

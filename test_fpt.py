@@ -2121,18 +2121,17 @@ def test_killed_at_any_instant_a_command_ends_in_the_same_bytes(tmp_path):
     assert record["different_files"] == [] and record["files_compared"] == 23
 
 
-def full_disk(out):
-    (out / "pt-seed0" / "checkpoint.safetensors.tmp").symlink_to("/dev/full")
+def fails(number):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+    return fail
 
 
 FAULTS = {  # what happens in update 6, what the line says
-    "disk full": (full_disk, "checkpoint.safetensors: No space left"),
+    "disk full": (lambda out: setattr(os, "fsync", fails(errno.ENOSPC)),
+                  "checkpoint.safetensors: No space left"),
     "folder removed": (shutil.rmtree, "No such file"),
-    "read-only": (lambda out: setattr(os, "replace", read_only), "Read-only file system")}
-
-
-def read_only(*_):
-    raise OSError(errno.EROFS, "Read-only file system")
+    "read-only": (lambda out: setattr(os, "replace", fails(errno.EROFS)), "Read-only file system")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -2141,6 +2140,7 @@ def test_what_happens_to_a_disk_is_one_line_and_loses_nothing(fault, run, here, 
     do, says = FAULTS[fault]
     out = tmp_path / "out"
     monkeypatch.setattr(os, "replace", os.replace)  # to be undone below
+    monkeypatch.setattr(os, "fsync", os.fsync)
     at(6, lambda: do(out))
     with pytest.raises(SystemExit) as stop:
         fpt.main(flags(here, out, "--schedule", "pt", "--save-seconds", 0))
@@ -2168,7 +2168,7 @@ def test_two_commands_do_not_share_a_folder(here, tmp_path, at, capfd):
     at(3, again)
     fpt.main(flags(here, out, "--schedule", "pt"))
     assert [code for code, _ in lines] == [2, 2]
-    assert all("in use by another" in line for _, line in lines)
+    assert "is not empty" in lines[0][1] and "in use by another" in lines[1][1]
     assert files(out / "pt-seed0") == RUN_FILES
 
 
@@ -2215,7 +2215,7 @@ def test_what_resume_refuses(run, here, tmp_path, capfd):
         refuse("command.json")
     command.write_text(text)
     train.write_text(rows + '{"source": "w01 w02 w01 w02", "target": "no"}\n')
-    refuse("checkpoint.*another data")
+    refuse("another data: it cannot go on")
     train.write_text(rows)
     middle = len(bytes_) // 2
     for damaged in (b"", bytes_[:-1], bytes_[:middle], bytes_ + b"0", pickle.dumps({"prompt": 1}),
@@ -2300,6 +2300,99 @@ def test_a_task_folder_cannot_point_outside_itself(tmp_path, refused):
     assert len(fpt.load_data(str(folder), 10).train) > 10
 
 
+@pytest.mark.parametrize(("change", "says"), [
+    ("missing", "1 missing_keys.*wo.weight"), ("unexpected", "1 unexpected_keys.*extra"),
+    ("more layers", "missing_keys"), ("fewer layers", "unexpected_keys"),
+    ("wider", "mismatched_keys|size"), ("no start", "decoder_start_token_id")])
+def test_weights_that_do_not_fit_are_not_made_up(change, says, here, tmp_path, refused):
+    """transformers draws what is missing at random and passes over the rest."""
+    shutil.copytree(here / "model", tmp_path / "model")
+    file, spec = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    weights, settings = safetensors.torch.load_file(file), json.loads(spec.read_text())
+    if change == "missing":
+        del weights["encoder.block.2.layer.1.DenseReluDense.wo.weight"]
+    elif change == "unexpected":
+        weights["extra"] = torch.zeros(1)
+    else:
+        settings.update({
+            "more layers": {"num_layers": 7}, "fewer layers": {"num_layers": 5},
+            "wider": {"d_ff": 33}, "no start": {"decoder_start_token_id": None}}[change])
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    spec.write_text(json.dumps(settings))
+    assert re.search(says, refused("--model", tmp_path / "model"))
+
+
+def test_settings_model_and_start_cannot_change_between_stop_and_resume(here, tmp_path, at, capfd):
+    """Two schedules; the second is stopped, the first is finished, a third would follow."""
+    shutil.copytree(here, tmp_path / "here")
+    out, weights = tmp_path / "out", tmp_path / "here/model/model.safetensors"
+    at(13, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit):
+        fpt.main(flags(tmp_path / "here", out, "--schedule", "pt", "cr", "fr"))
+    command = json.loads((out / "command.json").read_text())
+
+    def refuse(says):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            fpt.main(["--resume", str(out)])
+        assert stop.value.code == 2 and re.search(says, one_line(capfd.readouterr().err))
+
+    for change, says in (({"lr": 0.1}, "another lr"), ({"steps": 12}, "another steps"),
+                         ({"prompt_length": 2}, "another start"), ({"seed": []}, "'seed'"),
+                         ({"schedule": [[1]]}, "'schedule'"), ({"seed": [1.5]}, "'seed'")):
+        (out / "command.json").write_text(json.dumps({**command, **change}))
+        refuse(says)
+    (out / "command.json").write_text(json.dumps({**command, "lr": 0.1, "schedule": ["cr"]}))
+    refuse("checkpoint.*another settings")
+    (out / "command.json").write_text(json.dumps(command))
+    before, tensors = weights.read_bytes(), safetensors.torch.load_file(weights)
+    tensors["decoder.block.5.layer.2.DenseReluDense.wo.weight"] *= -1
+    safetensors.torch.save_file(tensors, weights, {"format": "pt"})
+    refuse("another weights: it cannot go on")
+    weights.write_bytes(before)
+    assert [result["schedule"] for result in fpt.main(["--resume", str(out)])] == ["pt", "cr", "fr"]
+
+
+def test_nothing_is_written_through_a_link(run, here, tmp_path, refused, capfd):
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("precious")
+    out.mkdir()
+    (out / "command.json.tmp").symlink_to(victim)
+    assert "not empty" in refused(out=out)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run.out, resumed)
+    (resumed / "cr-seed0" / "results.json").unlink()
+    (resumed / "cr-seed0" / "results.json.tmp").symlink_to(victim)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        fpt.main(["--resume", str(resumed)])
+    assert "symbolic link" in one_line(capfd.readouterr().err)
+    fpt.write(resumed / "cr-seed0" / "results.json", "new")  # nor by the function alone
+    assert victim.read_text() == "precious"
+
+
+def test_a_command_does_not_write_inside_another(run, refused):
+    assert "another command" in refused(out=run.out / "cr-seed2")
+
+
+@pytest.mark.parametrize(("name", "content", "says"), [
+    ("train.jsonl", r'{"source": "a \ud800", "target": "yes"}', "train.jsonl, line 1.*surrogates"),
+    ("task.json", r'{"labels": ["yes", "no \ud800"]}', "task.json, line 1.*surrogates"),
+    ("task.json", '{"max_target": 1%s}' % ("0" * 30), "max_target"),
+    ("task.json", "loop", "task.json"), ("task.json", "pipe", "regular file"),
+    ("validation.jsonl", "pipe", "regular file"), ("task.json", "/dev/zero", "outside")])
+def test_strange_files_of_a_task(name, content, says, tmp_path, refused):
+    path = write_task(tmp_path / "task") / name
+    path.unlink()
+    if content == "pipe":
+        os.mkfifo(path)
+    elif content in ("loop", "/dev/zero"):
+        path.symlink_to(path if content == "loop" else content)
+    else:
+        path.write_text(content)
+    assert re.search(says, refused("--task", tmp_path / "task"))
+
+
 def test_a_prompt_of_another_model_is_refused_or_warned_of(here, run, tmp_path, refused, capfd):
     """By family, by tokenizer, by weights; and where nobody wrote down what it was trained on."""
     prompt = tmp_path / "prompt"
@@ -2311,7 +2404,7 @@ def test_a_prompt_of_another_model_is_refused_or_warned_of(here, run, tmp_path, 
     model, tokenizer = fpt.load_model(str(here / "model"), torch.device("cpu"), "bf16")
     assert fpt.fingerprint(model, tokenizer).items() <= known.items()  # in either precision
     settings = config(init=str(prompt), model="this")
-    for content, says in ((known, ""), ({**known, "embeddings": "other"}, "other weights"),
+    for content, says in ((known, ""), ({**known, "weights": "other"}, "other weights"),
                           (None, "does not say")):
         if content is None:
             (prompt / "trained-on.json").unlink()
@@ -2468,12 +2561,24 @@ def test_any_flags_work_or_are_one_line(untrained, here, tmp_path_factory, capfd
 @hypothesis.given(data=st.data())
 def test_any_damage_to_a_finished_command_is_one_line_or_none(data, run, here, tmp_path_factory,
                                                               capfd, monkeypatch):
-    monkeypatch.setattr(fpt, "report", lambda folders, _: [fpt.read_run(path) for path in folders])
+    picture = types.SimpleNamespace(savefig=lambda *_, **__: None)
+    monkeypatch.setattr(fpt, "figure", lambda *_: picture)  # half a second each
     out = tmp_path_factory.mktemp("run") / "out"
     shutil.copytree(run.out, out)
+    for name in "comparison.json", "comparison.png":
+        (out / name).unlink()
+    monkeypatch.setattr(fpt, "write", lambda *_: None)
     name = data.draw(sampled(["command.json", "pt-seed0/results.json", "cr-seed1/config.json",
                               "cr-seed0/log.jsonl", "cr-seed0/seconds.json"]))
-    (out / name).write_bytes(data.draw(damaged((out / name).read_bytes())))
+    content = (out / name).read_bytes()
+    if data.draw(st.booleans()):
+        content = data.draw(damaged(content))
+    else:  # one value is another
+        line = json.loads(content.splitlines()[0] if name.endswith("l") else content)
+        line[data.draw(sampled(sorted(line)))] = data.draw(sampled([
+            None, [], {}, [5], [[1]], [{}], "x", 0, -1, 10**12, 1.5, math.nan, True, {"a": None}]))
+        content = json.dumps(line).encode()
+    (out / name).write_bytes(content)
     works_or_one_line(["--resume", out], out, capfd)
 
 
@@ -2563,6 +2668,18 @@ def test_the_benchmark_writes_what_it_measured_and_refuses_in_one_line(tmp_path)
     assert out.read_bytes() == before
 
 
+def test_odd_moments_and_closed_streams(tmp_path):
+    """A signal while torch is imported; then a run with nowhere to print."""
+    start = subprocess.Popen([sys.executable, ROOT / "fpt.py"], cwd=tmp_path,
+                             stderr=subprocess.PIPE)
+    time.sleep(0.5)
+    start.send_signal(signal.SIGINT)
+    assert start.communicate(timeout=30)[1] == b"" and start.returncode == 130
+    done = subprocess.run(f"{sys.executable} {ROOT / 'fpt.py'} --device abacus >&-", shell=True,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "abacus" in one_line(done.stderr)
+
+
 def test_help_and_a_mistyped_flag_answer_before_torch_is_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -2593,16 +2710,18 @@ fpt.main(["--model", "t5-base", "--task", "rte", "--device", "cpu", "--out", "ou
 
 FPT = (ROOT / "fpt.py").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "tutorial.md")
-PLUMBING = """UserError Stopped flag parse_args resumed Config Task Example Data load_data
-load_hub hub_examples load_folder folder_task hub_failure ask_hub load_model digest
-fingerprint label_ids collate rng batches accuracy em_f1 rouge_l evaluate token_losses begin
-due update measure split gradient update_flops together workers rank gathered join adafactor
-padded_shape score_on_train stop_nonfinite main_score over_pt stopping undisturbed handling
-progress write save_checkpoint load_checkpoint sealed unsealed checksum jsonl Encoded encode
-shown record tune found read_json write_settings tell start_prompt check_origin versions
-read_run by_schedule mean_curve stopped compare similarity interval spread report tables
-against_pt figure make_parser suggested_flags check check_layout Progress pick_device
-settings claim run_name in_one_line run introduce main""".split()
+PLUMBING = """UserError Stopped flag parse_args resumed Config Task Example Data
+load_data load_hub hub_examples load_folder folder_task hub_failure ask_hub
+load_model read_model digest fingerprint label_ids collate rng batches accuracy
+em_f1 rouge_l evaluate token_losses begin due update measure split gradient
+update_flops together workers rank gathered join adafactor padded_shape
+score_on_train stop_nonfinite main_score over_pt stopping undisturbed handling
+progress write save_checkpoint load_checkpoint sealed unsealed checksum jsonl
+Encoded encode shown record tune found read_json read_text finished check_loaded
+write_settings tell start_prompt check_origin versions read_run by_schedule
+mean_curve stopped compare similarity interval spread report tables against_pt
+figure make_parser suggested_flags check check_layout Progress pick_device claim
+run_name in_one_line run introduce main fixed unfit""".split()
 # Public, but not the method: the tutorial need not mention these.
 
 
