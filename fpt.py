@@ -869,10 +869,14 @@ def read_model(name: str, dtype):
 
 def check_loaded(model, tokenizer, info: dict) -> None:
     """Raise ValueError for what transformers passes over: weights it drew at random or left out."""
-    for kind in "missing_keys", "mismatched_keys", "unexpected_keys":
-        if info[kind]:
-            raise ValueError(f"config and weights do not fit: {len(info[kind])} {kind}, among them "
-                             f"{min(map(str, info[kind]))}")
+    extra = sorted(map(str, info["unexpected_keys"]))
+    wrong = [*map(str, info["missing_keys"]), *map(str, info["mismatched_keys"]),
+             *(key for key in extra if ".block." in key)]  # layers that the config leaves out
+    if wrong:
+        raise ValueError(f"config and weights do not fit: {len(wrong)} are missing, too many or of "
+                         f"another size, {wrong[0]} among them")
+    if extra:
+        print(f"warning: the model has no place for {', '.join(extra)[:300]}")
     if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
         raise ValueError("its tokenizer has more tokens than the model has embeddings")
     if None in (model.config.decoder_start_token_id, model.config.pad_token_id):
