@@ -2041,8 +2041,9 @@ def run_name(schedule: str, seed: int) -> str:
 def in_one_line(out: Path | None = None):
     """What ends a command from outside becomes one line, with the command that goes on in `out`."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
-    again = shlex.join([*(("torchrun", f"--nproc_per_node={processes}") if processes else
-                          ("python",)), sys.argv[0], f"--resume={out}"])
+    launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]
+    folder = os.path.abspath(out or ".")
+    again = shlex.join([*launcher, os.path.abspath(sys.argv[0]), f"--resume={folder}"])
     hint = f". To go on: {again}" if out else ""
     try:
         yield
@@ -2117,7 +2118,7 @@ def run(config: Config, hold: contextlib.ExitStack) -> list[dict]:
 
 def introduce(config: Config, data: Data, device) -> None:
     """What is about to run, on the screen."""
-    if data.task.flags:
+    if data.task.flags and not config.resume:
         print(f"{config.task} suggests, unless told otherwise: {data.task.flags}")
     several = f" in {workers()} processes" if workers() > 1 else ""
     print(f"{config.model} on {device} in {config.precision}{several}; {config.task}: "

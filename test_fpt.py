@@ -2093,7 +2093,7 @@ def test_signals_finish_the_update_save_and_say_how_to_go_on(number, run, here, 
     assert checkpoint(out / "cr-seed0")[1]["step"] == 3 and not (out / "pt-seed1").exists()
     monkeypatch.undo()
     command = shlex.split(line.split("To go on: ")[1])
-    assert command[0] == "python" and command[1] == sys.argv[0]
+    assert command[0] == "python" and command[1] == os.path.abspath(sys.argv[0])
     results = fpt.main(command[2:])
     text = capfd.readouterr().out
     assert results == run.results and "finished before" in text and "gain over it" in text

@@ -230,6 +230,61 @@ def cosines(found: list[dict]) -> dict:
             "random": torch.cosine_similarity(*drawn, dim=0).item()}
 
 
+# ====== Tables ====================================================================================
+
+# The paper's mean of five tasks for T5-LARGE: Table 1 for fixed models, Table 2 for schedules.
+PAPER = dict(zip((*FIXED, "ld", "fr", "cr"), (
+    71.51, 45.78, 51.24, 62.76, 63.08, 68.19, 70.41, 46.00, 48.45, 62.30, 70.92, 71.50, 70.87)))
+
+
+def of(record: dict, **wanted) -> list[dict]:
+    """The cells that match."""
+    return [cell for cell in record["cells"]
+            if all(cell[key] == value for key, value in wanted.items())]
+
+
+def spent(cell: dict) -> float:
+    """FLOPs of the whole run over those of `pt`."""
+    return cell["flops"][-1]
+
+
+def reach(cells: list[dict], goal: float) -> float | None:
+    """FLOPs at which the mean over seeds of the best dev score so far reaches a goal."""
+    best = [list(itertools.accumulate(cell["dev"], max)) for cell in cells]
+    for number in range(len(best[0])):
+        if sum(row[number] for row in best) / len(best) >= goal:
+            return sum(cell["flops"][number] for cell in cells) / len(cells)
+    return None
+
+
+def stopped(cell: dict, flops: float) -> float:
+    """Best dev score at the first evaluation where a run has spent so much, or at its end."""
+    number = next((i for i, used in enumerate(cell["flops"]) if used >= flops), -1)
+    return max(cell["dev"][:number + 1] if number >= 0 else cell["dev"])
+
+
+def row_of(record: dict, schedule: str, change: str = "", base: str = "pt") -> list[str]:
+    """Validation by task, their mean; FLOPs; `base` at equal FLOPs, FLOPs to 99 % of its score."""
+    found, saved, ratio, speed = [], [], [], []
+    for task in dict.fromkeys(cell["task"] for cell in record["cells"]):
+        cells = of(record, task=task, schedule=schedule, change=change)
+        plain = of(record, task=task, schedule=base, change="")
+        if not cells or not plain:
+            continue
+        found.append([cell["validation"] for cell in cells])
+        for cell, other in zip(cells, plain):
+            ratio.append(cell["flops"][-1] / other["flops"][-1])
+            if ratio[-1] <= 1:
+                saved.append(max(cell["dev"]) - stopped(other, cell["flops"][-1]))
+        goal = 0.99 * sum(max(other["dev"]) for other in plain) / len(plain)
+        needed = reach(cells, goal)
+        speed.append(needed / reach(plain, goal) if needed else None)
+    mean = sum(map(sum, found)) / sum(map(len, found))
+    return [*(fpt.spread(scores) for scores in found), f"{mean:.1f}",
+            f"{sum(ratio) / len(ratio):.3f}", f"{sum(saved) / len(saved):+.1f}" if saved else "",
+            ", ".join("never" if x is None else f"{x:.2f}" for x in speed)]
+
+
 def main(args) -> None:
     out, fork = args.out, multiprocessing.get_context("fork")
     for task, labels in make.UNASKED.items():
