@@ -1901,7 +1901,7 @@ def resumed(name: str, given: dict) -> Config:
         raise UserError(f"--resume goes on with the settings of its folder; of others only "
                         f"{', '.join('--' + flag.replace('_', '-') for flag in RESUMABLE)} are "
                         f"possible, not --{min(wrong).replace('_', '-')}")
-    folder = Path(os.path.abspath(name)) if name else Path("command.json")
+    folder = Path(os.path.abspath(name))
     if not (folder / "command.json").exists() and (folder.parent / "command.json").exists():
         folder = folder.parent  # the folder of one of its runs
     saved = {key: tuple(value) if isinstance(value, list) else value
