@@ -2668,11 +2668,13 @@ def test_the_benchmark_writes_what_it_measured_and_refuses_in_one_line(tmp_path)
 
 def test_odd_moments_and_closed_streams(tmp_path):
     """A signal while torch is imported; then a run with nowhere to print."""
-    start = subprocess.Popen([sys.executable, ROOT / "fpt.py"], cwd=tmp_path,
-                             stderr=subprocess.PIPE)
-    time.sleep(0.5)
+    (tmp_path / "torch.py").write_text("import time; print('here', flush=True); time.sleep(60)")
+    start = subprocess.Popen([sys.executable, ROOT / "fpt.py"], cwd=tmp_path, text=True,
+                             env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert start.stdout.readline() == "here\n"
     start.send_signal(signal.SIGINT)
-    assert start.communicate(timeout=30)[1] == b"" and start.returncode == 130
+    assert start.communicate(timeout=30) == ("", "") and start.returncode == 130
     done = subprocess.run(f"{sys.executable} {ROOT / 'fpt.py'} --device abacus >&-", shell=True,
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "abacus" in one_line(done.stderr)
