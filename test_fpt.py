@@ -2680,6 +2680,52 @@ def test_odd_moments_and_closed_streams(tmp_path):
     assert done.returncode == 2 and "abacus" in one_line(done.stderr)
 
 
+def test_the_study_changes_what_it_says():
+    study = script(ROOT / "evidence" / "study.py")
+    for total in 8, 24:
+        sets = [set(study.nested(total, keep)) for keep in range(1, total + 1)]
+        assert all(small < large for small, large in zip(sets, sets[1:]))
+        assert all({0, total - 1} <= kept for kept in sets[1:]) and sets[0] == {0}
+        drawn = study.random_layers(3)(total, total // 2)
+        assert len(set(drawn)) == total // 2 and drawn == sorted(drawn) and drawn[0] == 0
+        assert drawn == study.random_layers(3)(total, total // 2) != study.random_layers(4)(
+            total, total // 2)
+    cells = study.cells(("table", "change", "search"), [0, 1])
+    assert len(set(cells)) == len(cells)
+    assert all(fpt.parse_schedule(schedule) for _, schedule, _, _ in cells)
+    assert not {task for task, schedule, change, _ in cells
+                if schedule in study.SEARCH[4:] and not change} & set(study.REPORTED)
+    names = {study.place(Path("out"), *cell) for cell in cells}
+    assert len(names) == len(cells) and max(len(path.name) for path in names) < 200
+
+
+def test_what_the_study_changes_at_a_growth(monkeypatch):
+    """Updates 1, 2 on one model, 3, 4 on the next: the optimiser is changed from the third on."""
+    study, prompt, models = script(ROOT / "evidence" / "study.py"), fpt.SoftPrompt(
+        torch.ones(P, D)), [object(), object()]
+    optimizer, rates, sizes = fpt.adafactor(prompt, 0.3), [], []
+    monkeypatch.setattr(study, "UPDATE", lambda *_: (
+        rates.append(optimizer.param_groups[0]["lr"]), sizes.append(len(optimizer.state))))
+    for change in study.warm, study.reset:
+        optimizer.state[prompt.weight] = {"step": 1}
+        update = study.at_growth(change)
+        for number in 0, 0, 1, 1:
+            update(models[number], None, prompt, optimizer)
+    assert rates[:4] == pytest.approx([0.3, 0.3, 0.3 / 20, 0.6 / 20])
+    assert sizes[4:] == [1, 1, 0, 0]
+
+
+def test_a_curve_of_the_study_by_hand():
+    study = script(ROOT / "evidence" / "study.py")
+    one, two = ({"task": "t", "schedule": name, "change": "", "seed": 0, "dev": dev,
+                 "flops": flops, "validation": dev[-1]} for name, dev, flops in (
+                     ("pt", [50, 90, 80, 100], [10, 20, 30, 40]),
+                     ("cr", [60, 99, 70, 98], [5, 10, 20, 30])))
+    found = study.against({"cells": [one, two]}, "cr")
+    assert found == {"validation": {"t": [98]}, "flops": [0.75], "gain": [99 - 90],
+                     "reach": {"t": 10 / 40}}
+
+
 def test_help_and_a_mistyped_flag_answer_before_torch_is_imported(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
@@ -2957,7 +3003,7 @@ def test_requirements_are_bounded_with_a_reason_each_and_met_here():
 
 
 @pytest.mark.parametrize("name", ["fpt.py", "test_fpt.py", "micro/make.py", "evidence/bench.py",
-                                  "evidence/kill.py"])
+                                  "evidence/kill.py", "evidence/study.py"])
 def test_style(name):
     text = document(name)
     assert not [f"{i}: {line}" for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]

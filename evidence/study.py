@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -167,6 +168,8 @@ def run_cell(job) -> dict:
     replaced, settings, _ = CHANGES.get(change, ({}, {}, ""))
     folder = place(out, task, schedule, change, seed)
     if not (folder / "results.json").exists():
+        if replaced and folder.exists():  # a change does not know what it did before a stop
+            shutil.rmtree(folder)
         config = fpt.Config(**{**SETTINGS, **settings, "task": task_folder(out, task)})
         data = fpt.load_data(config.task, config.dev, config.limit)
         model, tokenizer = fpt.load_model(config.model, torch.device("cpu"), "fp32")
@@ -238,51 +241,86 @@ PAPER = dict(zip((*FIXED, "ld", "fr", "cr"), (
 
 
 def of(record: dict, **wanted) -> list[dict]:
-    """The cells that match."""
-    return [cell for cell in record["cells"]
-            if all(cell[key] == value for key, value in wanted.items())]
+    """The cells that match, by seed."""
+    return sorted((cell for cell in record["cells"] if all(
+        cell[key] == value for key, value in wanted.items())), key=lambda cell: cell["seed"])
 
 
-def spent(cell: dict) -> float:
-    """FLOPs of the whole run over those of `pt`."""
-    return cell["flops"][-1]
+def best(cell: dict) -> list[float]:
+    """The highest dev score so far, at each evaluation."""
+    return list(itertools.accumulate(cell["dev"], max))
+
+
+def at(cell: dict, flops: float) -> float:
+    """`best` at the first evaluation where a run has spent so much."""
+    return next((score for score, used in zip(best(cell), cell["flops"]) if used >= flops),
+                max(cell["dev"]))
 
 
 def reach(cells: list[dict], goal: float) -> float | None:
-    """FLOPs at which the mean over seeds of the best dev score so far reaches a goal."""
-    best = [list(itertools.accumulate(cell["dev"], max)) for cell in cells]
-    for number in range(len(best[0])):
-        if sum(row[number] for row in best) / len(best) >= goal:
-            return sum(cell["flops"][number] for cell in cells) / len(cells)
-    return None
+    """FLOPs at which the mean over seeds of `best` reaches a goal; None if it never does."""
+    means = zip(*(zip(best(cell), cell["flops"]) for cell in cells))
+    return next((fpt.statistics.mean(flops for _, flops in row) for row in means
+                 if fpt.statistics.mean(score for score, _ in row) >= goal), None)
 
 
-def stopped(cell: dict, flops: float) -> float:
-    """Best dev score at the first evaluation where a run has spent so much, or at its end."""
-    number = next((i for i, used in enumerate(cell["flops"]) if used >= flops), -1)
-    return max(cell["dev"][:number + 1] if number >= 0 else cell["dev"])
-
-
-def row_of(record: dict, schedule: str, change: str = "", base: str = "pt") -> list[str]:
-    """Validation by task, their mean; FLOPs; `base` at equal FLOPs, FLOPs to 99 % of its score."""
-    found, saved, ratio, speed = [], [], [], []
+def against(record: dict, schedule: str, change: str = "", base: str = "pt") -> dict:
+    """A schedule beside `base` on every task: what the tables are made of."""
+    found = {"validation": {}, "flops": [], "gain": [], "reach": {}}
     for task in dict.fromkeys(cell["task"] for cell in record["cells"]):
-        cells = of(record, task=task, schedule=schedule, change=change)
-        plain = of(record, task=task, schedule=base, change="")
-        if not cells or not plain:
+        plain = {cell["seed"]: cell for cell in of(record, task=task, schedule=base, change="")}
+        cells = [cell for cell in of(record, task=task, schedule=schedule, change=change)
+                 if cell["seed"] in plain]
+        if not cells:
             continue
-        found.append([cell["validation"] for cell in cells])
-        for cell, other in zip(cells, plain):
-            ratio.append(cell["flops"][-1] / other["flops"][-1])
-            if ratio[-1] <= 1:
-                saved.append(max(cell["dev"]) - stopped(other, cell["flops"][-1]))
-        goal = 0.99 * sum(max(other["dev"]) for other in plain) / len(plain)
+        plain = [plain[cell["seed"]] for cell in cells]
+        found["validation"][task] = [cell["validation"] for cell in cells]
+        found["flops"] += [cell["flops"][-1] / other["flops"][-1]
+                           for cell, other in zip(cells, plain)]
+        found["gain"] += [max(cell["dev"]) - at(other, cell["flops"][-1])
+                          for cell, other in zip(cells, plain)]
+        goal = 0.99 * fpt.statistics.mean(max(other["dev"]) for other in plain)
         needed = reach(cells, goal)
-        speed.append(needed / reach(plain, goal) if needed else None)
-    mean = sum(map(sum, found)) / sum(map(len, found))
-    return [*(fpt.spread(scores) for scores in found), f"{mean:.1f}",
-            f"{sum(ratio) / len(ratio):.3f}", f"{sum(saved) / len(saved):+.1f}" if saved else "",
-            ", ".join("never" if x is None else f"{x:.2f}" for x in speed)]
+        found["reach"][task] = needed / reach(plain, goal) if needed else None
+    return found
+
+
+def line(record: dict, name: str, schedule: str, change: str = "", more=()) -> str:
+    """A row of a table in Markdown."""
+    found = against(record, schedule, change)
+    if not found["flops"]:
+        return f"| {name} | not run |"
+    scores, gain = found["validation"].values(), found["gain"]
+    bounds = fpt.interval(gain)
+    return "| " + " | ".join([
+        name, *map(fpt.spread, scores),
+        f"{fpt.statistics.mean(map(fpt.statistics.mean, scores)):.1f}",
+        *more, f"{fpt.statistics.mean(found['flops']):.3f}",
+        f"{fpt.statistics.mean(gain):+.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds
+                                                else ""),
+        ", ".join(f"{x:.2f}" if x else "never" for x in found["reach"].values())]) + " |"
+
+
+def tables(record: dict) -> str:
+    """As Markdown: fixed models and presets, changes to `cr`, the transfer of prompts."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in record["cells"]))
+    head = " | ".join(tasks)
+    rest = "FLOPs | gain over pt at these FLOPs | FLOPs to 99 % of pt, over pt's |"
+    rule = "|---" * (len(tasks) + 5)
+    text = [f"| schedule | {head} | mean | paper, T5-LARGE | {rest}", rule + "|---|"]
+    text += [line(record, f"`{name}`", name, more=[f"{PAPER[name]:.2f}"]) for name in PAPER]
+    text += ["", f"| change to `cr` | {head} | mean | {rest}", rule + "|",
+             line(record, "none", "cr")]
+    text += [line(record, name, schedule, name) for name, (_, _, schedule) in CHANGES.items()]
+    if "transfer" in record:
+        size = range(len(FIXED))
+        means = [[fpt.statistics.mean(row["validation"][i][j] for row in record["transfer"])
+                  for j in size] for i in size]
+        text += ["", f"| trained on | {' | '.join(f'`{name}`' for name in FIXED)} |",
+                 "|---" * (len(FIXED) + 1) + "|",
+                 *(f"| `{name}` | {' | '.join(f'{x:.1f}' for x in row)} |"
+                   for name, row in zip(FIXED, means))]
+    return "\n".join(text)
 
 
 def main(args) -> None:
@@ -291,6 +329,7 @@ def main(args) -> None:
         folder = out / "tasks" / task.__name__
         if not (folder / "train.jsonl").exists():
             make.write_task(folder, make.unasked(task, 6000), 1000, labels, "")
+    SETTINGS["model"] = str(args.model.resolve())
     record = {"settings": SETTINGS, "versions": fpt.versions(), "cells": []}
     with fork.Pool(args.processes) as pool:
         jobs = [(out, cell) for cell in cells(args.part, args.seed)]
@@ -305,7 +344,7 @@ def main(args) -> None:
             record["cosines"] = cosines(found)
             record["transfer"] = [{k: v for k, v in row.items() if k != "last"} for row in found]
     fpt.write(out / "study.json", json.dumps(record))
-    print(f"{len(record['cells'])} cells: {out / 'study.json'}")
+    print(f"{tables(record)}\n\n{len(record['cells'])} cells: {out / 'study.json'}")
 
 
 if __name__ == "__main__":
@@ -316,5 +355,7 @@ if __name__ == "__main__":
                         default=["table", "change", "transfer", "search"], help="(default: all)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4],
                         help="(default: 0 1 2 3 4)")
+    parser.add_argument("--model", type=Path, default=ROOT / "micro" / "model",
+                        help="another micro model (default: the shipped one)")
     parser.add_argument("--processes", type=int, default=2, help="at a time (default: 2)")
     main(parser.parse_args())
