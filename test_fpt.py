@@ -2715,6 +2715,16 @@ def test_what_the_study_changes_at_a_growth(monkeypatch):
     assert sizes[4:] == [1, 1, 0, 0]
 
 
+def test_the_drawing_of_the_schedule():
+    axes = script(ROOT / "evidence" / "figures.py").schedule().axes[0]
+    dark = [bar for bar in axes.patches if bar.get_facecolor()[0] < 0.5]
+    assert len(axes.patches) - len(dark) == 4 * 12 and len(dark) == 3 + 6 + 9 + 12
+    layers = [round(bar.get_y() - 0.12) for bar in dark]
+    assert layers[:3] == [0, 5, 11] and layers[-12:] == list(range(12))
+    widths = [round(bar.get_width(), 3) for bar in dark]
+    assert widths[0] == pytest.approx((0.2 - 0.024) / 4) and widths[-1] == pytest.approx(0.376)
+
+
 def test_a_curve_of_the_study_by_hand():
     study = script(ROOT / "evidence" / "study.py")
     one, two = ({"task": "t", "schedule": name, "change": "", "seed": 0, "dev": dev,
@@ -3003,7 +3013,8 @@ def test_requirements_are_bounded_with_a_reason_each_and_met_here():
 
 
 @pytest.mark.parametrize("name", ["fpt.py", "test_fpt.py", "micro/make.py", "evidence/bench.py",
-                                  "evidence/kill.py", "evidence/study.py"])
+                                  "evidence/kill.py", "evidence/study.py",
+                                  "evidence/figures.py"])
 def test_style(name):
     text = document(name)
     assert not [f"{i}: {line}" for i, line in enumerate(text.splitlines(), 1) if len(line) > 100]
