@@ -356,8 +356,9 @@ class AbsorbedAttention(nn.Module):
 
     A score is q . (W_k h), a key for each of T source vectors h in each layer. It is also
     (W_k' q) . h, a longer query for each of S target tokens. In the same way the values: W_v comes
-    after the weighted mean. The same function with about S / d_kv of the FLOPs, and nothing of
-    length T to keep for the backward pass. Where that does not pay: the original attention.
+    after the weighted mean. The same function, for a long source with about S / d_kv of the FLOPs
+    of the forward pass, and nothing of length T to keep for the backward pass. Where that does not
+    pay: the original attention.
     Not in the paper; in inference known as weight absorption (DeepSeek-V2).
     """
 
@@ -366,7 +367,7 @@ class AbsorbedAttention(nn.Module):
         self.attention = attention  # a T5Attention; its weights are shared
 
     def pays(self, target: int) -> bool:
-        """For a label. At most half of the FLOPs; below that its smaller products eat the gain."""
+        """For a label. Nearer to d_kv the gain in FLOPs is eaten up by the smaller products."""
         return 2 * target <= self.attention.key_value_proj_dim
 
     def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None,
@@ -2109,10 +2110,12 @@ def run(config: Config, hold: contextlib.ExitStack) -> list[dict]:
             report(list(folders), out)
     if data.task.note:
         print(f"\nNote of {config.task}: {data.task.note}")
-    print("\nTo use the best prompt of the last run:\n"
-          "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
-          f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"
-          f"    model = PeftModel.from_pretrained(model, {str(list(folders)[-1] / 'prompt')!r})")
+    if results[-1].get("scored_on_full_model"):  # elsewhere its prompt would meet another model
+        print("\nTo use the best prompt of the last run:\n"
+              "    from peft import PeftModel; from transformers import AutoModelForSeq2SeqLM\n"
+              f"    model = AutoModelForSeq2SeqLM.from_pretrained({config.model!r})\n"
+              "    model = PeftModel.from_pretrained("
+              f"model, {str(list(folders)[-1] / 'prompt')!r})")
     return results
 
 
