@@ -207,7 +207,8 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
         prompt: [P, d]; the paper uses the initial one.
         batches: dicts of input_ids [B, T], attention_mask [B, T], labels [B, S] (-100 is masked).
     Returns:
-        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one fp32 tensor a layer.
+        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one fp32 tensor a layer, for this model.
+    Raises ValueError without batches.
     Official: scores 1,000 examples of the *validation* split; give it train examples.
     """
     soft_prompt, mask, totals, count, hooks = SoftPrompt(prompt), {}, {}, 0, []
@@ -233,6 +234,8 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+    if not count:
+        raise ValueError("no batches to score neurons on")
     return {side: [totals[side, i] / count for i in range(len(sides[side]))] for side in sides}
 
 

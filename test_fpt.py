@@ -493,6 +493,11 @@ def test_a_planted_loud_neuron_is_found_and_is_the_last_to_go(kind):
         assert torch.equal(kept[:, 0], ffn(getattr(model, side).block[i]).wo.weight[:, neuron])
 
 
+def test_neuron_scores_without_batches():
+    with pytest.raises(ValueError, match="no batches"):
+        fpt.neuron_scores(tiny(), torch.zeros(P, D), [])
+
+
 def test_neuron_scores_leave_no_hook_and_no_graph_behind():
     model = tiny()
     scores = fpt.neuron_scores(model, torch.zeros(P, D, requires_grad=True), score_batches())
