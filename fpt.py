@@ -902,6 +902,11 @@ def fingerprint(model, tokenizer) -> dict[str, str]:
             "weights": digest(parts)}
 
 
+def made_from(model, tokenizer, data: Data, start: Tensor) -> dict[str, str]:
+    """What must be the same when a command goes on: model, tokenizer, data, initial prompt."""
+    return {**fingerprint(model, tokenizer), "data": digest(data), "start": digest(start.tolist())}
+
+
 def label_ids(tokenizer, task: Task) -> list[list[int]]:
     """Token ids of each label's target, end of sequence included; UserError if two are alike."""
     ids = [tokenizer(task.prefix + label).input_ids for label in task.labels]
@@ -1160,9 +1165,8 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
 
 def begin(model, tokenizer, prompt, optimizer, schedule, data, config, seed, folder) -> Progress:
     """A run as its checkpoint has it; without one a new run, with the neurons scored if need be."""
-    origin = {**fingerprint(model, tokenizer), "data": digest(data), "start": digest(
-        prompt.weight.tolist()), "settings": digest(fixed(config)), "seed": seed,
-        "schedule": [list(part) for part in schedule]}
+    origin = {**made_from(model, tokenizer, data, prompt.weight), "seed": seed,
+              "settings": digest(fixed(config)), "schedule": [list(part) for part in schedule]}
     run = load_checkpoint(folder, prompt, optimizer, origin)
     if run is None:
         run = Progress(origin)
@@ -1576,8 +1580,7 @@ def write_settings(folder: Path, config: Config, name, seed, schedule, prompt) -
     """A folder for a new run, and its config.json."""
     if rank() == 0:
         folder.mkdir(exist_ok=True)
-    run = {**vars(config), "schedule": name, "seed": seed, "prompt_length": len(prompt.weight)}
-    del run["out"], run["resume"]
+    run = {**settings(config), "schedule": name, "seed": seed, "prompt_length": len(prompt.weight)}
     write(folder / "config.json", json.dumps(
         {**run, "stages": schedule, "device": str(prompt.weight.device), "versions": versions()},
         indent=2))
@@ -1981,10 +1984,15 @@ def pick_device(name: str):
     return torch.device(name)
 
 
+def settings(config: Config) -> dict:
+    """What is written down: all but where, which the place itself tells."""
+    return {key: value for key, value in vars(config).items() if key not in ("out", "resume")}
+
+
 def fixed(config: Config) -> dict:
     """The settings of every run that decide about its results; what they name is in its origin."""
-    return {key: value for key, value in vars(config).items() if key not in (
-        "model", "task", "init", "out", "resume", "schedule", "seed", "prompt_length", *RESUMABLE)}
+    return {key: value for key, value in settings(config).items() if key not in (
+        "model", "task", "init", "schedule", "seed", "prompt_length", *RESUMABLE)}
 
 
 def claim(config: Config, origin: dict, hold: contextlib.ExitStack) -> Path:
@@ -2006,9 +2014,8 @@ def claim(config: Config, origin: dict, hold: contextlib.ExitStack) -> Path:
                 hold.enter_context(filelock.FileLock(out / ".lock", timeout=0))
                 problem = unfit(config, origin, out)
             if not problem and not config.resume:
-                write(out / "command.json", json.dumps({
-                    **{key: value for key, value in vars(config).items()
-                       if key not in ("out", "resume")}, "origin": origin}, indent=2))
+                write(out / "command.json", json.dumps(
+                    {**settings(config), "origin": origin}, indent=2))
         except filelock.Timeout:
             problem = "is in use by another fpt.py"
         except OSError as error:
@@ -2101,8 +2108,7 @@ def run(config: Config, hold: contextlib.ExitStack) -> list[dict]:
     label_ids(tokenizer, data.task)  # this and the next two: to refuse before a folder is made
     start = start_prompt(model, tokenizer, data.task, config, seed=0)
     check_origin(config, model, tokenizer)
-    out = claim(config, {**fingerprint(model, tokenizer), "data": digest(data),
-                         "start": digest(start.tolist())}, hold)
+    out = claim(config, made_from(model, tokenizer, data, start), hold)
     introduce(config, data, device)
     folders = {out / run_name(name, seed): (name, seed)
                for seed in config.seed for name in config.schedule}

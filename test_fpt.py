@@ -2782,7 +2782,7 @@ Encoded encode shown record tune found read_json read_text finished check_loaded
 write_settings tell start_prompt check_origin versions read_run by_schedule
 mean_curve stopped compare similarity interval spread report tables against_pt
 figure make_parser suggested_flags check check_layout Progress pick_device claim
-run_name in_one_line run introduce main fixed unfit""".split()
+run_name in_one_line run introduce main fixed unfit made_from settings""".split()
 # Public, but not the method: the tutorial need not mention these.
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
+import transformers  # noqa: E402, F401  here, so that the forked lives need not
 
 import fpt  # noqa: E402
 

@@ -325,10 +325,7 @@ def tables(record: dict) -> str:
 
 def main(args) -> None:
     out, fork = args.out, multiprocessing.get_context("fork")
-    for task, labels in make.UNASKED.items():
-        folder = out / "tasks" / task.__name__
-        if not (folder / "train.jsonl").exists():
-            make.write_task(folder, make.unasked(task, 6000), 1000, labels, "")
+    make.main(["--tasks", str(out / "tasks")])  # the same bytes each time
     SETTINGS["model"] = str(args.model.resolve())
     record = {"settings": SETTINGS, "versions": fpt.versions(), "cells": []}
     with fork.Pool(args.processes) as pool:
