@@ -256,7 +256,8 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
         scores: of `neuron_scores`, needed if width < 1; each layer keeps its top neurons, in order.
         decoder: False leaves it whole, as the paper does where targets are short labels.
-    Raises ValueError for a share outside (0, 1], missing scores, or a `model` that is not a T5.
+    Raises ValueError for a share outside (0, 1], scores that are missing or of another model, or a
+    `model` that is not a T5.
     """
     check_t5(model.config)
     check_layout(model)
@@ -282,6 +283,9 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
     partial = view(model)
     for side in ("encoder", "decoder") if decoder else ("encoder",):
         stack = view(getattr(model, side))
+        neurons = [block.layer[-1].DenseReluDense.wo.weight.shape[1] for block in stack.block]
+        if width < 1 and [len(row) for row in scores[side]] != neurons:
+            raise ValueError(f"the {side}'s scores are of another model than this")
         kept = kept_layers(len(stack.block), part(depth, len(stack.block)))
         stack.block = nn.ModuleList(stack.block[i] if width == 1 else
                                     narrowed(stack.block[i], scores[side][i]) for i in kept)
@@ -1693,6 +1697,12 @@ def mean_curve(runs: list[dict], key: str) -> list[float]:
             for rows in zip(*(run["curve"] for run in runs))]
 
 
+def flops_to(runs: list[dict], goal: float) -> float | None:
+    """FLOPs at which the mean over the seeds of the best dev score reaches a goal, if it does."""
+    pairs = zip(mean_curve(runs, "flops"), mean_curve(runs, "best"), strict=True)
+    return next((flops for flops, score in pairs if score >= goal), None)
+
+
 def stopped(run: dict, key: str, limit: float) -> float:
     """Best dev score of a run that stops at the first evaluation where `key` reaches `limit`."""
     return next(row["best"] for row in run["curve"] if row[key] >= limit)
@@ -1713,12 +1723,7 @@ def compare(runs: list[dict]) -> list[dict]:
     """
     groups, rows = by_schedule(runs), []
     plain = groups.get("pt")
-
-    def needed(group):
-        goal = 0.99 * mean_curve(plain, "best")[-1]
-        pairs = zip(mean_curve(group, "flops"), mean_curve(group, "best"), strict=True)
-        return next((flops for flops, score in pairs if score >= goal), None)
-
+    goal = plain and 0.99 * mean_curve(plain, "best")[-1]
     for name, group in groups.items():
         dev = [main_score(run["dev"]) for run in group]
         row = {"schedule": name, "seeds": [run["seed"] for run in group], "dev": dev,
@@ -1727,13 +1732,13 @@ def compare(runs: list[dict]) -> list[dict]:
                "scored_on_full_model": group[0]["scored_on_full_model"]}
         if plain:
             ends, pt_ends = ([run["curve"][-1]["flops"] for run in runs] for runs in (group, plain))
-            spent, reached = list(zip(ends, pt_ends, strict=True)), needed(group)
+            spent, reached = list(zip(ends, pt_ends, strict=True)), flops_to(group, goal)
             row |= {
                 "flops": [end / pt_end for end, pt_end in spent],
                 "seconds": [run["train_seconds"] / pt["train_seconds"]
                             for run, pt in zip(group, plain)],
                 "pt_equal_flops": None, "gain": None, "pt_full_updates": None,
-                "flops_to_pt": reached and reached / needed(plain)}
+                "flops_to_pt": reached and reached / flops_to(plain, goal)}
             if all(end <= pt_end for end, pt_end in spent):
                 equal = [stopped(pt, "flops", end) for pt, end in zip(plain, ends)]
                 row |= {"pt_equal_flops": equal, "gain": [a - b for a, b in zip(dev, equal)]}

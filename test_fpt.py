@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import random
@@ -434,6 +435,15 @@ def test_partial_t5_refuses_shares_outside_0_to_1(depth, width):
 def test_partial_t5_without_scores_cannot_narrow():
     with pytest.raises(ValueError, match="needs scores"):
         fpt.partial_t5(tiny(), 1, 0.5)
+
+
+def test_partial_t5_refuses_scores_of_another_model():
+    """Of a partial model they would name other neurons, and nothing else would show it."""
+    model = tiny()
+    for other in fpt.partial_t5(model, 0.5, 1), fpt.partial_t5(model, 1, 0.5, random_scores()):
+        scores = fpt.neuron_scores(other, torch.zeros(P, D), score_batches())
+        with pytest.raises(ValueError, match="of another model"):
+            fpt.partial_t5(model, 1, 0.5, scores)
 
 
 def score_batches():
@@ -2730,15 +2740,45 @@ def test_the_drawing_of_the_schedule():
     assert widths[0] == pytest.approx((0.2 - 0.024) / 4) and widths[-1] == pytest.approx(0.376)
 
 
-def test_a_curve_of_the_study_by_hand():
+def cell(task, schedule, seed, best, flops, change=""):
+    """A cell of the study, of which the last `best` is the validation score as well."""
+    return {"task": task, "schedule": schedule, "change": change, "seed": seed, "best": best,
+            "flops": flops, "step": [10 * (i + 1) for i in range(len(best))], "seconds": flops[-1],
+            "validation": best[-1], "full_updates": 20}
+
+
+def test_a_table_of_the_study_by_hand():
+    """Two tasks, one seed. `pt` at the FLOPs of `cr` (30) has 90 and 80; after 20 updates too."""
     study = script(ROOT / "evidence" / "study.py")
-    one, two = ({"task": "t", "schedule": name, "change": "", "seed": 0, "dev": dev,
-                 "flops": flops, "validation": dev[-1]} for name, dev, flops in (
-                     ("pt", [50, 90, 80, 100], [10, 20, 30, 40]),
-                     ("cr", [60, 99, 70, 98], [5, 10, 20, 30])))
-    found = study.against({"cells": [one, two]}, "cr")
-    assert found == {"validation": {"t": [98]}, "flops": [0.75], "gain": [99 - 90],
-                     "reach": {"t": 10 / 40}}
+    cells = [cell("slot", "pt", 0, [50, 90, 90, 100], [10, 20, 30, 40]),
+             cell("slot", "cr", 0, [60, 99, 99, 99], [5, 10, 20, 30]),
+             cell("told", "pt", 0, [70, 80, 80, 80], [10, 20, 30, 40]),
+             cell("told", "cr", 0, [60, 60, 60, 90], [5, 10, 20, 30]),
+             cell("slot", "pt", 0, [10, 20], [10, 20], "pt"),
+             cell("slot", "cr", 0, [10, 40], [10, 15], "none"),
+             cell("slot", "cr", 0, [10, 30], [10, 15], "warm-up"),
+             cell("rte", "ld", 0, [1], [1])]
+    study.REPORTED = ("slot", "told")
+    first = study.compared({"cells": cells}, study.REPORTED)
+    assert first["slot"]["cr"]["flops_to_pt"] == 10 / 40 and not first["slot"]["cr"]["flops_to_all"]
+    assert first["told"]["cr"]["flops_to_all"] == 30 / 20
+    text = study.table_2({"cells": cells})
+    assert "| `cr` | 99.0 | 90.0 | 94.5 | +4.5 [-65.4, 74.4] | 0.750 | 0.75 |" in text
+    assert "| `cr` | 85.0 | +9.5 [3.1, 15.9] | 85.0 |" in text
+    assert "| `cr` | 0.25 | 1.50 | 0.88 |" in text and "| `cr` | never | 1.50 | never |" in text
+    study.REPORTED = ("slot",)
+    text = study.table_changes({"cells": cells})
+    assert "| warm-up | 30.0 | 30.0 | -10.0 | 0.750 |" in text
+    assert "| pt | 20.0 | 20.0 | -20.0 | 1.000 |" in text
+
+
+@pytest.mark.parametrize("name", ["study", "study-whole"])
+def test_the_tables_of_the_study_are_in_the_tutorial(name):
+    """All that the record has, line by line, and in the order of the record."""
+    study, text = script(ROOT / "evidence" / "study.py"), document("tutorial.md")
+    shown = study.tables(evidence(name))
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert len(rows) > 40 and not [row for row in rows if row not in text]
 
 
 def test_help_and_a_mistyped_flag_answer_before_torch_is_imported(tmp_path):
@@ -2765,6 +2805,62 @@ fpt.main(["--model", "t5-base", "--task", "rte", "--device", "cpu", "--out", "ou
     line = one_line(done.stderr)
     assert done.returncode == 2 and "nyu-mll/glue" in line and "HF_HUB_OFFLINE=1" in line
     assert not (tmp_path / "out").exists()
+
+
+# ====== Answers to the exercises of tutorial.md ===================================================
+
+
+def test_exercise_1_without_layer_0_a_t5_reads_a_bag_of_words():
+    """The order of the source changes nothing but the order of the vectors it becomes."""
+    model, source = tiny(), torch.randn(1, 6, D, generator=torch.Generator().manual_seed(0))
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+
+    def differs(encoder):
+        straight, mixed = (encoder(inputs_embeds=x).last_hidden_state
+                           for x in (source, source[:, order]))
+        return (straight[:, order] - mixed).abs().max().item()
+
+    headless = fpt.view(model.encoder)
+    headless.block = torch.nn.ModuleList(model.encoder.block[1:])
+    assert differs(headless) < 1e-5 < 1e-2 < differs(model.encoder)
+
+
+def test_exercise_2_nested_layers():
+    study = script(ROOT / "evidence" / "study.py")
+    assert [study.nested(9, keep) for keep in (1, 2, 3, 5)] == [
+        [0], [0, 8], [0, 4, 8], [0, 2, 4, 6, 8]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exercise_3_neurons_by_what_they_write(kind):
+    """A neuron of the same activation and a column of wo ten times as large scores ten times."""
+    study, model, prompt = script(ROOT / "evidence" / "study.py"), tiny(kind), torch.randn(P, D)
+    plain = fpt.neuron_scores(model, prompt, list(score_batches()))["encoder"][0]
+    before = study.by_output(model, prompt, list(score_batches()))["encoder"][0]
+    column = ffn(model.encoder.block[0]).wo.weight[:, 3]
+    assert before[3].item() == pytest.approx(plain[3].item() * column.square().sum().sqrt().item())
+    column *= 10
+    after = study.by_output(model, prompt, list(score_batches()))["encoder"][0]
+    assert (after / before).tolist() == pytest.approx([10 if j == 3 else 1 for j in range(D_FF)])
+
+
+def test_exercise_4_shares_of_equal_cost():
+    """Every stage of `cr` on t5-base spends the same: shares as one over the cost of an update."""
+    with torch.device("meta"):  # shapes alone
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+            d_model=768, d_ff=3072, num_layers=12, num_heads=12))
+    scores = {side: [torch.arange(3072)] * 12 for side in SIDES}
+    costs = [fpt.step_flops(fpt.absorbed(fpt.partial_t5(model, size, size, scores, False)),
+                            32, 102, 6) for size in (0.25, 0.5, 0.75, 1)]
+    shares = [1 / cost / sum(1 / other for other in costs) for cost in costs]
+    assert [round(share, 2) for share in shares] == [0.48, 0.26, 0.16, 0.1]
+    assert round(sum(map(operator.mul, shares, costs)) / costs[3], 2) == 0.42  # FLOPs over pt's
+
+
+def test_exercise_5_a_growth_that_grows_nothing_changes_nothing(training):
+    """Two stages of the full model are one: what a growth carries over is all there is."""
+    one, two = training("pt"), training("1x1:0.5,1x1:0.5")
+    assert torch.equal(one.prompt.weight, two.prompt.weight) and one.log != two.log  # its stages
 
 
 # ====== The documents say what the code does ======================================================

@@ -1,11 +1,12 @@
-"""The study behind the tutorial's tables, on the micro model: python evidence/study.py --out FOLDER
+"""The study behind the tutorial's tables, on a micro model: python evidence/study.py --out FOLDER
 
 A cell is one run of `fpt.tune`: a task, a schedule, a seed, and at most one change to the method.
 Cells that FOLDER has are kept, so a stopped study goes on. What they say together goes to
-FOLDER/study.json. All of it takes some hours on two cores; --part and --seed take less.
+FOLDER/study.json; `--show study.json` prints the tables of one. All of it takes some three hours
+on two cores; --part and --seed take less.
 
 table     prompt tuning on fixed partial models (the paper's Table 1), and the presets (Table 2)
-change    `cr` with one thing done otherwise: layers, neurons, stages, optimiser, start, length
+change    `cr` in half the updates, with one thing done otherwise, and without its partial stages
 transfer  every prompt of the part table on every partial model, and their cosines
 search    schedules, on tasks that are not reported elsewhere: what `fast` was chosen by
 """
@@ -20,6 +21,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "micro")]
@@ -34,8 +36,10 @@ REPORTED, CHOOSING = ("slot", "present", "word", "told"), ("rte", "same")
 SIZES = (0.25, 0.5, 0.75)
 FIXED = ("pt", *(f"{size:g}x1:1" for size in SIZES), *(f"1x{size:g}:1" for size in SIZES),
          *(f"{size:g}x{size:g}:1" for size in SIZES))
+PRESETS = ("ld", "fr", "cr", "fast")
 SETTINGS = {"steps": 600, "eval_every": 20, "dev": 200, "limit": 500, "threads": 1,
             "device": "cpu"}
+SHORT = 300  # updates of the part change: after 600 most tasks are solved, whatever one changes
 
 # ====== One change at a time ======================================================================
 
@@ -104,6 +108,7 @@ def warm(optimizer, age):
 
 SCORES, UPDATE = fpt.neuron_scores, fpt.update
 CHANGES = {  # name: (what of fpt is replaced, from the seed; settings; schedule)
+    "none": ({}, {}, "cr"),
     "layers nested": ({"kept_layers": lambda seed: nested}, {}, "cr"),
     "layers first": ({"kept_layers": lambda seed: first}, {}, "cr"),
     "layers random": ({"kept_layers": random_layers}, {}, "cr"),
@@ -122,9 +127,13 @@ CHANGES = {  # name: (what of fpt is replaced, from the seed; settings; schedule
     "start labels": ({}, {"init": "labels"}, "cr"),
     "length 5": ({}, {"prompt_length": 5}, "cr"),
     "length 50": ({}, {"prompt_length": 50}, "cr"),
-    **{f"pt, {name}": ({}, settings, "pt") for name, settings in {
-        "start vocab": {"init": "vocab"}, "start labels": {"init": "labels"},
-        "length 5": {"prompt_length": 5}, "length 50": {"prompt_length": 50}}.items()},
+    "pt": ({}, {}, "pt"),
+    "pt, the FLOPs of cr": ({}, {"steps": 191}, "pt"),  # 0.637 of 300
+    "pt, the full updates alone": ({}, {"steps": 120}, "pt"),  # 0.4 of 300
+    "pt, start vocab": ({}, {"init": "vocab"}, "pt"),
+    "pt, start labels": ({}, {"init": "labels"}, "pt"),
+    "pt, length 5": ({}, {"prompt_length": 5}, "pt"),
+    "pt, length 50": ({}, {"prompt_length": 50}, "pt"),
 }
 
 # ====== Cells =====================================================================================
@@ -136,7 +145,7 @@ def cells(parts, seeds) -> list[tuple[str, str, str, int]]:
     for seed in seeds:
         if "table" in parts:
             found += [(task, schedule, "", seed) for task in REPORTED
-                      for schedule in (*FIXED, "ld", "fr", "cr")]
+                      for schedule in (*FIXED, *PRESETS)]
         if "change" in parts:
             found += [(task, schedule, name, seed) for task in REPORTED
                       for name, (_, _, schedule) in CHANGES.items()]
@@ -166,6 +175,7 @@ def run_cell(job) -> dict:
     out, (task, schedule, change, seed) = job
     torch.set_num_threads(1)
     replaced, settings, _ = CHANGES.get(change, ({}, {}, ""))
+    settings = {"steps": SHORT, **settings} if change else {}
     folder = place(out, task, schedule, change, seed)
     if not (folder / "results.json").exists():
         if replaced and folder.exists():  # a change does not know what it did before a stop
@@ -184,10 +194,10 @@ def run_cell(job) -> dict:
             for name, function in usual.items():
                 setattr(fpt, name, function)
     run = fpt.read_run(folder)
-    keep = {key: [row[key] for row in run["curve"]] for key in ("flops", "dev")}
+    keep = {key: [row[key] for row in run["curve"]] for key in ("step", "flops", "best")}
     return {"task": task, "schedule": schedule, "change": change, "seed": seed, **keep,
-            "validation": fpt.main_score(run["validation"]), "best_step": run["best_step"],
-            "seconds": run["train_seconds"], "full_updates": run["full_updates"]}
+            "validation": fpt.main_score(run["validation"]),
+            "seconds": round(run["train_seconds"], 1), "full_updates": run["full_updates"]}
 
 
 def transfer(job) -> dict:
@@ -240,100 +250,162 @@ PAPER = dict(zip((*FIXED, "ld", "fr", "cr"), (
     71.51, 45.78, 51.24, 62.76, 63.08, 68.19, 70.41, 46.00, 48.45, 62.30, 70.92, 71.50, 70.87)))
 
 
-def of(record: dict, **wanted) -> list[dict]:
-    """The cells that match, by seed."""
-    return sorted((cell for cell in record["cells"] if all(
-        cell[key] == value for key, value in wanted.items())), key=lambda cell: cell["seed"])
-
-
-def best(cell: dict) -> list[float]:
-    """The highest dev score so far, at each evaluation."""
-    return list(itertools.accumulate(cell["dev"], max))
-
-
-def at(cell: dict, flops: float) -> float:
-    """`best` at the first evaluation where a run has spent so much."""
-    return next((score for score, used in zip(best(cell), cell["flops"]) if used >= flops),
-                max(cell["dev"]))
-
-
-def reach(cells: list[dict], goal: float) -> float | None:
-    """FLOPs at which the mean over seeds of `best` reaches a goal; None if it never does."""
-    means = zip(*(zip(best(cell), cell["flops"]) for cell in cells))
-    return next((fpt.statistics.mean(flops for _, flops in row) for row in means
-                 if fpt.statistics.mean(score for score, _ in row) >= goal), None)
-
-
-def against(record: dict, schedule: str, change: str = "", base: str = "pt") -> dict:
-    """A schedule beside `base` on every task: what the tables are made of."""
-    found = {"validation": {}, "flops": [], "gain": [], "reach": {}}
-    for task in dict.fromkeys(cell["task"] for cell in record["cells"]):
-        plain = {cell["seed"]: cell for cell in of(record, task=task, schedule=base, change="")}
-        cells = [cell for cell in of(record, task=task, schedule=schedule, change=change)
-                 if cell["seed"] in plain]
-        if not cells:
-            continue
-        plain = [plain[cell["seed"]] for cell in cells]
-        found["validation"][task] = [cell["validation"] for cell in cells]
-        found["flops"] += [cell["flops"][-1] / other["flops"][-1]
-                           for cell, other in zip(cells, plain)]
-        found["gain"] += [max(cell["dev"]) - at(other, cell["flops"][-1])
-                          for cell, other in zip(cells, plain)]
-        goal = 0.99 * fpt.statistics.mean(max(other["dev"]) for other in plain)
-        needed = reach(cells, goal)
-        found["reach"][task] = needed / reach(plain, goal) if needed else None
+def compared(record: dict, tasks, changes: bool = False) -> dict[str, dict]:
+    """{task: {schedule, or change: its row of `fpt.compare`}}, with the FLOPs to all of `pt`."""
+    found = {}
+    for task in tasks:
+        runs = [{**cell, "schedule": cell["change"] or cell["schedule"],
+                 "dev": {"accuracy": cell["best"][-1]}, "train_seconds": cell["seconds"],
+                 "validation": {"accuracy": cell["validation"]}, "scored_on_full_model": None,
+                 "curve": [dict(zip(("step", "flops", "best"), row)) for row in zip(
+                     cell["step"], cell["flops"], cell["best"])]}
+                for cell in record["cells"] if cell["task"] == task
+                and bool(cell["change"]) == changes]
+        groups = fpt.by_schedule(sorted(runs, key=lambda run: run["seed"]))
+        seeds = [run["seed"] for run in groups.get("pt", [])]
+        rows = fpt.compare([run for group in groups.values() for run in group
+                            if [run["seed"] for run in group] == seeds])
+        goal = fpt.mean_curve(groups["pt"], "best")[-1] if rows else 0
+        own = fpt.flops_to(groups["pt"], goal) if rows else 0
+        for row in rows:
+            reached = fpt.flops_to(groups[row["schedule"]], goal)
+            row["flops_to_all"] = reached and reached / own
+        found[task] = {row["schedule"]: row for row in rows}
     return found
 
 
-def line(record: dict, name: str, schedule: str, change: str = "", more=()) -> str:
-    """A row of a table in Markdown."""
-    found = against(record, schedule, change)
-    if not found["flops"]:
-        return f"| {name} | not run |"
-    scores, gain = found["validation"].values(), found["gain"]
-    bounds = fpt.interval(gain)
-    return "| " + " | ".join([
-        name, *map(fpt.spread, scores),
-        f"{fpt.statistics.mean(map(fpt.statistics.mean, scores)):.1f}",
-        *more, f"{fpt.statistics.mean(found['flops']):.3f}",
-        f"{fpt.statistics.mean(gain):+.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds
-                                                else ""),
-        ", ".join(f"{x:.2f}" if x else "never" for x in found["reach"].values())]) + " |"
+def over_tasks(found: dict, name: str, key: str, base: str | None = None) -> list[float]:
+    """A value of each seed, as the mean over the tasks; less that of another row, where named."""
+    lists = [[value - (rows[base][key][i] if base else 0) for i, value in enumerate(
+        rows[name][key])] for rows in found.values()]
+    return [mean(values) for values in zip(*lists, strict=True)]
+
+
+def pooled(found: dict, name: str, key: str, base: str | None = None) -> str:
+    """Mean and 95 % interval over all pairs of a task and a seed."""
+    values = [value - (rows[base][key][i] if base else 0) for rows in found.values()
+              for i, value in enumerate(rows[name][key])]
+    return f"{mean(values):+.1f}" + "{}".format(
+        " [{:.1f}, {:.1f}]".format(*fpt.interval(values)) if len(values) > 1 else "")
+
+
+def goals(found: dict, name: str, key: str) -> list[str]:
+    """FLOPs to a score, task by task, and their mean; "never" if one never gets there."""
+    values = [rows[name][key] for rows in found.values()]
+    values.append(None if None in values else mean(values))
+    return [f"{value:.2f}" if value else "never" for value in values]
+
+
+def scores(found: dict, name: str) -> list[str]:
+    """Validation, task by task, and of the mean over the tasks."""
+    return [fpt.spread(rows[name]["validation"]) for rows in found.values()] + [
+        fpt.spread(over_tasks(found, name, "validation"))]
+
+
+def share(found: dict, name: str, key: str = "flops") -> str:
+    """FLOPs or seconds over those of `pt`."""
+    return f"{mean(over_tasks(found, name, key)):.{3 if key == 'flops' else 2}f}"
+
+
+def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([title, ""] + ["| " + " | ".join(row) + " |" for row in (
+        head, ["---"] * len(head), *rows)]) + "\n"
+
+
+def table_1(record: dict) -> str:
+    """Prompt tuning on fixed partial models, each scored on its own."""
+    found = compared(record, REPORTED)
+    known = [name for name in FIXED if all(name in rows for rows in found.values())]
+    return markdown("Fixed partial models", [
+        "depth x width", *found, "mean", "less `pt`", "paper", "less its PT", "FLOPs"], [
+        [f"`{name}`", *scores(found, name), pooled(found, name, "validation", "pt"),
+         f"{PAPER[name]:.2f}", f"{PAPER[name] - PAPER['pt']:+.2f}", share(found, name)]
+        for name in known])
+
+
+def table_2(record: dict) -> str:
+    """Schedules on the full model: what they reach, and what it costs beside `pt`."""
+    found = compared(record, REPORTED)
+    known = [name for name in PRESETS if all(name in rows for rows in found.values())]
+    return "\n".join([markdown("Schedules", [
+        "schedule", *found, "mean", "less `pt`", "FLOPs", "seconds"], [
+        [f"`{name}`", *scores(found, name), pooled(found, name, "validation", "pt"),
+         share(found, name), share(found, name, "seconds")] for name in ("pt", *known)]),
+        markdown("Against `pt` stopped early", [
+            "schedule", "`pt` at the same FLOPs", "gain [95 %]", "full updates alone"], [
+            [f"`{name}`", fpt.spread(over_tasks(found, name, "pt_equal_flops")),
+             pooled(found, name, "gain"),
+             fpt.spread(over_tasks(found, name, "pt_full_updates"))] for name in known]),
+        *(markdown(f"FLOPs to {goal} of the score of `pt`, over those of `pt`",
+                   ["schedule", *found, "mean"],
+                   [[f"`{name}`", *goals(found, name, key)] for name in known])
+          for goal, key in (("99 %", "flops_to_pt"), ("all", "flops_to_all")))])
+
+
+def table_changes(record: dict) -> str:
+    """`cr` and `pt` with one thing done otherwise, in fewer updates."""
+    found = compared(record, REPORTED, changes=True)
+    return markdown("One change", ["change", *found, "mean", "less unchanged", "FLOPs"], [
+        [name, *scores(found, name),
+         pooled(found, name, "validation", "pt" if name.startswith("pt, ") and "of cr" not in name
+                and "alone" not in name else "none"), share(found, name)]
+        for name in CHANGES if all(name in rows for rows in found.values())])
+
+
+def table_search(record: dict) -> str:
+    """Schedules on the choosing tasks."""
+    found = compared(record, CHOOSING)
+    return markdown("Schedules on the choosing tasks", [
+        "schedule", *found, "mean", "FLOPs", *(f"99 % of `pt`: {task}" for task in found),
+        "mean"], [
+        [f"`{name}`", *scores(found, name), share(found, name),
+         *goals(found, name, "flops_to_pt")]
+        for name in SEARCH if all(name in rows for rows in found.values())])
+
+
+def table_transfer(record: dict) -> str:
+    """Validation of a prompt on other models than its own, untouched: mean of tasks and seeds."""
+    return markdown("Prompts of one model on another", [
+        "trained on", *(f"`{name}`" for name in FIXED)], [
+        [f"`{name}`", *(f"{mean(row['validation'][i][j] for row in record['transfer']):.1f}"
+                        for j in range(len(FIXED)))] for i, name in enumerate(FIXED)])
+
+
+def table_cosines(record: dict) -> str:
+    """Of last prompts with that of `pt`; then the controls."""
+    found = record["cosines"]
+    return markdown("Cosine of last prompts with that of `pt`", ["of", "cosine"], [
+        *([f"`{name}`, same seed and task", f"{value:.3f}"]
+          for name, value in zip(FIXED[1:], found["same_seed_and_task"][0][1:])),
+        *([key, f"{found[key]:.3f}"] for key in ("pt, other seed", "pt, other task", "random"))])
 
 
 def tables(record: dict) -> str:
-    """As Markdown: fixed models and presets, changes to `cr`, the transfer of prompts."""
-    tasks = list(dict.fromkeys(cell["task"] for cell in record["cells"]))
-    head = " | ".join(tasks)
-    rest = "FLOPs | gain over pt at these FLOPs | FLOPs to 99 % of pt, over pt's |"
-    rule = "|---" * (len(tasks) + 5)
-    text = [f"| schedule | {head} | mean | paper, T5-LARGE | {rest}", rule + "|---|"]
-    text += [line(record, f"`{name}`", name, more=[f"{PAPER[name]:.2f}"]) for name in PAPER]
-    text += ["", f"| change to `cr` | {head} | mean | {rest}", rule + "|",
-             line(record, "none", "cr")]
-    text += [line(record, name, schedule, name) for name, (_, _, schedule) in CHANGES.items()]
+    """All that the record has cells for, as Markdown."""
+    makers = {table_1: (REPORTED, False), table_2: (REPORTED, False),
+              table_changes: (REPORTED, True), table_search: (CHOOSING, False)}
+    text = [maker(record) for maker, (tasks, changes) in makers.items()
+            if all(compared(record, tasks, changes).values())]
     if "transfer" in record:
-        size = range(len(FIXED))
-        means = [[fpt.statistics.mean(row["validation"][i][j] for row in record["transfer"])
-                  for j in size] for i in size]
-        text += ["", f"| trained on | {' | '.join(f'`{name}`' for name in FIXED)} |",
-                 "|---" * (len(FIXED) + 1) + "|",
-                 *(f"| `{name}` | {' | '.join(f'{x:.1f}' for x in row)} |"
-                   for name, row in zip(FIXED, means))]
+        text += [table_transfer(record), table_cosines(record)]
     return "\n".join(text)
 
 
 def main(args) -> None:
+    if args.show:
+        print(tables(json.loads(args.show.read_text())))
+        return
     out, fork = args.out, multiprocessing.get_context("fork")
     make.main(["--tasks", str(out / "tasks")])  # the same bytes each time
-    SETTINGS["model"] = str(args.model.resolve())
-    record = {"settings": SETTINGS, "versions": fpt.versions(), "cells": []}
+    SETTINGS.update(model=str(args.model.resolve()), steps=args.steps, eval_every=args.eval_every)
+    record = {"settings": {**SETTINGS, "model": args.model.name}, "versions": fpt.versions(),
+              "cells": []}
     with fork.Pool(args.processes) as pool:
         jobs = [(out, cell) for cell in cells(args.part, args.seed)]
         for number, row in enumerate(pool.imap(run_cell, jobs), 1):
             record["cells"].append(row)
             print(f"{number}/{len(jobs)}  {row['task']:<8} {row['schedule'][:24]:<24} "
-                  f"{row['change']:<20} seed {row['seed']}  dev {max(row['dev']):5.1f}  "
+                  f"{row['change']:<20} seed {row['seed']}  dev {row['best'][-1]:5.1f}  "
                   f"validation {row['validation']:5.1f}", flush=True)
         if "transfer" in args.part:
             found = pool.map(transfer, [(out, pair) for pair in itertools.product(
@@ -341,18 +413,24 @@ def main(args) -> None:
             record["cosines"] = cosines(found)
             record["transfer"] = [{k: v for k, v in row.items() if k != "last"} for row in found]
     fpt.write(out / "study.json", json.dumps(record))
-    print(f"{tables(record)}\n\n{len(record['cells'])} cells: {out / 'study.json'}")
+    print(f"{tables(record)}\n{len(record['cells'])} cells: {out / 'study.json'}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
     parser.error = lambda text: parser.exit(2, f"study.py: error: {text}; see --help\n")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder of the study")
+    what.add_argument("--show", type=Path, help="print the tables of a study.json, run nothing")
     parser.add_argument("--part", nargs="+", choices=("table", "change", "transfer", "search"),
                         default=["table", "change", "transfer", "search"], help="(default: all)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4],
                         help="(default: 0 1 2 3 4)")
     parser.add_argument("--model", type=Path, default=ROOT / "micro" / "model",
                         help="another micro model (default: the shipped one)")
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"],
+                        help="updates of the parts table and search (default: %(default)s)")
+    parser.add_argument("--eval-every", type=int, default=SETTINGS["eval_every"],
+                        help="(default: %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="at a time (default: 2)")
     main(parser.parse_args())
