@@ -527,7 +527,8 @@ def test_the_presets_are_the_papers():
         "pt": ((1, 1, 1),),
         "ld": tuple((size, 1, share) for size, share in zip(sizes, shares)),
         "fr": tuple((1, size, share) for size, share in zip(sizes, shares)),
-        "cr": tuple((size, size, share) for size, share in zip(sizes, shares))}
+        "cr": tuple((size, size, share) for size, share in zip(sizes, shares)),
+        "fast": ((0.25, 0.25, 0.4), (0.5, 0.5, 0.4), (1, 1, 0.2))}  # but this one
     assert all(fpt.parse_schedule(name) == stages for name, stages in fpt.SCHEDULES.items())
 
 
@@ -2738,6 +2739,21 @@ def test_the_drawing_of_the_schedule():
     assert layers[:3] == [0, 5, 11] and layers[-12:] == list(range(12))
     widths = [round(bar.get_width(), 3) for bar in dark]
     assert widths[0] == pytest.approx((0.2 - 0.024) / 4) and widths[-1] == pytest.approx(0.376)
+
+
+def test_a_stage_of_the_study_ends_when_its_loss_stops_falling(monkeypatch):
+    """Windows of 2: 1.0, 0.9 fall, 0.88 is less than 5 % below; the next ends at its share, 4."""
+    study = script(ROOT / "evidence" / "study.py")
+    stage_at, update = study.by_loss(0, window=2)
+    losses = iter([1, 1, 0.9, 0.9, 0.88, 0.88] + [0.5, 0.5, 0.4, 0.4] + [0.3] * 4)
+    run, stages = types.SimpleNamespace(losses=[0]), []
+    monkeypatch.setattr(study, "UPDATE", lambda *_: run.losses.append(next(losses)))
+    schedule = [fpt.Stage(0.25, 1, 0.5), fpt.Stage(0.5, 1, 4 / 14), fpt.Stage(1, 1, 3 / 14)]
+    for step in range(1, 15):
+        stages.append(stage_at(schedule, step, 14))
+        update(None, None, None, None, None, None, run, None)
+    assert stages == [0] * 6 + [1] * 4 + [2] * 4
+    assert stage_at(schedule, 1, 14) == 0  # another run
 
 
 def cell(task, schedule, seed, best, flops, change=""):

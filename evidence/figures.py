@@ -1,18 +1,24 @@
 """The figures of the tutorial: python evidence/figures.py --out FOLDER
 
 schedule.png  what `cr` runs: which of 12 layers, how many neurons, for how many updates
+study.png     dev score against FLOPs of three schedules, on two micro models (study*.json)
+transfer.png  the prompt of each partial model on each other one (study*.json)
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from statistics import mean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
 import fpt  # noqa: E402
+import study  # noqa: E402
 
 
 def schedule(name: str = "cr", layers: int = 12):
@@ -47,7 +53,62 @@ def schedule(name: str = "cr", layers: int = 12):
     return plot
 
 
+STYLES = {"pt": ("black", "-"), "cr": ("0.35", "--"), "fast": ("0.1", ":")}
+MODELS = {"study": "shipped model", "study-whole": "made without sub-networks"}
+
+
+def curves(records: dict[str, dict]):
+    """Best dev score so far against FLOPs, as a share of what `pt` spends: mean of tasks, seeds."""
+    plot = Figure(figsize=(7, 3.4), layout="constrained")
+    for axes, (name, record) in zip(plot.subplots(1, len(records), sharey=True), records.items()):
+        for schedule, (color, line) in STYLES.items():
+            cells = [cell for cell in record["cells"] if cell["schedule"] == schedule
+                     and cell["task"] in study.REPORTED and not cell["change"]]
+            ends = {(cell["task"], cell["seed"]): cell["flops"][-1] for cell in record["cells"]
+                    if cell["schedule"] == "pt" and not cell["change"]}
+            spent = [[flops / ends[cell["task"], cell["seed"]] for flops in cell["flops"]]
+                     for cell in cells]
+            x, y = (list(map(mean, zip(*lists))) for lists in (
+                spent, [cell["best"] for cell in cells]))
+            axes.plot(x, y, line, color=color, lw=2.2, label=f"{schedule}: {y[-1]:.1f}")
+            axes.plot(x[-1], y[-1], "o", color=color, ms=6)
+        axes.set(title=MODELS[name], xlabel="training FLOPs (1: all of pt's)", xlim=(0, 1.03))
+        axes.legend(loc="lower right", frameon=False, fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+    plot.axes[0].set_ylabel("best dev score so far, %")
+    return plot
+
+
+def transfer(records: dict[str, dict]):
+    """A square for each pair: dark is a high validation score, and its number is in it."""
+    names = ["full" if name == "pt" else name.removesuffix(":1") for name in study.FIXED]
+    plot = Figure(figsize=(5.6, 5.2 * len(records)), layout="constrained")
+    for axes, (name, record) in zip(plot.subplots(len(records), squeeze=False)[:, 0],
+                                    records.items()):
+        found = study.transferred(record)
+        axes.imshow(found, cmap="Greys", vmin=30, vmax=130)
+        for i, row in enumerate(found):
+            for j, value in enumerate(row):
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9,
+                          color="white" if value > 85 else "black",
+                          weight="bold" if i == j else "normal")
+        ticks = range(len(names))
+        axes.set_xticks(ticks, names, rotation=60)
+        axes.set_yticks(ticks, names)
+        axes.set(title=MODELS[name], ylabel="prompt trained on (depth x width)",
+                 xlabel="... and used, untouched, on")
+    return plot
+
+
+def main(args) -> None:
+    records = {name: json.loads((args.records / f"{name}.json").read_text()) for name in MODELS}
+    for name, figure in (("schedule", schedule()), ("study", curves(records)),
+                         ("transfer", transfer(records))):
+        figure.savefig(args.out / f"{name}.png", dpi=150)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("figures.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="(%(default)s)")
-    schedule().savefig(parser.parse_args().out / "schedule.png", dpi=150)
+    parser.add_argument("--out", type=Path, default=HERE, help="(%(default)s)")
+    parser.add_argument("--records", type=Path, default=HERE, help="(%(default)s)")
+    main(parser.parse_args())

@@ -13,6 +13,7 @@ search    schedules, on tasks that are not reported elsewhere: what `fast` was c
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -106,6 +107,32 @@ def warm(optimizer, age):
     optimizer.param_groups[0]["lr"] = fpt.Config.lr * min(1, (age + 1) / 20)
 
 
+@functools.cache
+def by_loss(seed, window: int = 10, least: float = 0.05):
+    """`stage_at` and `update` for stages that end when their training loss stops falling.
+
+    That is when the mean loss of ten updates is not 5 % below the lowest before it; at the latest
+    where the schedule says. It costs nothing: the dev part is not asked.
+    """
+    seen = {"stage": 0, "losses": []}
+
+    def stage_at(schedule, step, steps):
+        if step == 1:
+            seen.update(stage=0, losses=[])
+        means = [mean(seen["losses"][i:i + window]) for i in range(0, len(seen["losses"]), window)]
+        full = len(seen["losses"]) % window == 0 and len(means) > 1
+        late = len(seen["losses"]) >= schedule[seen["stage"]].share * steps
+        if seen["stage"] < len(schedule) - 1 and (
+                late or full and means[-1] > (1 - least) * min(means[:-1])):
+            seen.update(stage=seen["stage"] + 1, losses=[])
+        return seen["stage"]
+
+    def update(partial, full, prompt, optimizer, batch, config, run, folder):
+        UPDATE(partial, full, prompt, optimizer, batch, config, run, folder)
+        seen["losses"].append(run.losses[-1])
+    return stage_at, update
+
+
 SCORES, UPDATE = fpt.neuron_scores, fpt.update
 CHANGES = {  # name: (what of fpt is replaced, from the seed; settings; schedule)
     "none": ({}, {}, "cr"),
@@ -121,6 +148,8 @@ CHANGES = {  # name: (what of fpt is replaced, from the seed; settings; schedule
                                       for k in range(1, 9))),
     "shares 10 10 10 70": ({}, {}, "0.25x0.25:0.1,0.5x0.5:0.1,0.75x0.75:0.1,1x1:0.7"),
     "shares 30 30 30 10": ({}, {}, "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.3,1x1:0.1"),
+    "grown by its loss": ({"stage_at": lambda seed: by_loss(seed)[0],
+                           "update": lambda seed: by_loss(seed)[1]}, {}, "cr"),
     "optimiser reset": ({"update": lambda seed: at_growth(reset)}, {}, "cr"),
     "warm-up": ({"update": lambda seed: at_growth(warm)}, {}, "cr"),
     "start vocab": ({}, {"init": "vocab"}, "cr"),
@@ -135,6 +164,8 @@ CHANGES = {  # name: (what of fpt is replaced, from the seed; settings; schedule
     "pt, length 5": ({}, {"prompt_length": 5}, "pt"),
     "pt, length 50": ({}, {"prompt_length": 50}, "pt"),
 }
+
+STARTS = [name for name in CHANGES if name.startswith(("pt, start", "pt, length"))]
 
 # ====== Cells =====================================================================================
 
@@ -345,10 +376,11 @@ def table_2(record: dict) -> str:
 def table_changes(record: dict) -> str:
     """`cr` and `pt` with one thing done otherwise, in fewer updates."""
     found = compared(record, REPORTED, changes=True)
-    return markdown("One change", ["change", *found, "mean", "less unchanged", "FLOPs"], [
+    return markdown("One change", ["change", *found, "mean", "less unchanged [95 %]", "FLOPs",
+                                   "to 99 % of `pt`"], [
         [name, *scores(found, name),
-         pooled(found, name, "validation", "pt" if name.startswith("pt, ") and "of cr" not in name
-                and "alone" not in name else "none"), share(found, name)]
+         pooled(found, name, "validation", "pt" if name in STARTS else "none"),
+         share(found, name), goals(found, name, "flops_to_pt")[-1]]
         for name in CHANGES if all(name in rows for rows in found.values())])
 
 
@@ -363,21 +395,28 @@ def table_search(record: dict) -> str:
         for name in SEARCH if all(name in rows for rows in found.values())])
 
 
+COMPOUND = ("0.25x0.25:1", "0.5x0.5:1", "0.75x0.75:1", "pt")
+
+
+def transferred(record: dict) -> list[list[float]]:
+    """Validation of the prompts of each of FIXED (rows) on each of them: mean of tasks, seeds."""
+    return [[mean(row["validation"][i][j] for row in record["transfer"])
+             for j in range(len(FIXED))] for i in range(len(FIXED))]
+
+
 def table_transfer(record: dict) -> str:
-    """Validation of a prompt on other models than its own, untouched: mean of tasks and seeds."""
-    return markdown("Prompts of one model on another", [
-        "trained on", *(f"`{name}`" for name in FIXED)], [
-        [f"`{name}`", *(f"{mean(row['validation'][i][j] for row in record['transfer']):.1f}"
-                        for j in range(len(FIXED)))] for i, name in enumerate(FIXED)])
-
-
-def table_cosines(record: dict) -> str:
-    """Of last prompts with that of `pt`; then the controls."""
-    found = record["cosines"]
-    return markdown("Cosine of last prompts with that of `pt`", ["of", "cosine"], [
-        *([f"`{name}`, same seed and task", f"{value:.3f}"]
-          for name, value in zip(FIXED[1:], found["same_seed_and_task"][0][1:])),
-        *([key, f"{found[key]:.3f}"] for key in ("pt, other seed", "pt, other task", "random"))])
+    """The part of `transferred` that `cr` is made of; and how alike these prompts are."""
+    found, similar = transferred(record), record["cosines"]
+    return "\n".join([markdown("A prompt of one model on another", [
+        "trained on", *(f"on `{name}`" for name in COMPOUND)], [
+        [f"`{name}`", *(f"{found[FIXED.index(name)][FIXED.index(other)]:.1f}"
+                        for other in COMPOUND)] for name in COMPOUND]),
+        markdown("Cosine with the last prompt of `pt`", [
+            *(f"`{name}`, same seed" for name in COMPOUND[:3]), "`pt`, other seed",
+            "`pt`, other task", "random"], [
+            [f"{value:.3f}" for value in (
+                *(similar["same_seed_and_task"][0][FIXED.index(name)] for name in COMPOUND[:3]),
+                similar["pt, other seed"], similar["pt, other task"], similar["random"])]])])
 
 
 def tables(record: dict) -> str:
@@ -387,7 +426,7 @@ def tables(record: dict) -> str:
     text = [maker(record) for maker, (tasks, changes) in makers.items()
             if all(compared(record, tasks, changes).values())]
     if "transfer" in record:
-        text += [table_transfer(record), table_cosines(record)]
+        text.append(table_transfer(record))
     return "\n".join(text)
 
 
