@@ -894,26 +894,6 @@ def check_loaded(model, tokenizer, info: dict) -> None:
         raise ValueError("its config lacks decoder_start_token_id or pad_token_id")
 
 
-def digest(value) -> str:
-    """A short text that differs where values differ."""
-    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
-
-
-def fingerprint(model, tokenizer) -> dict[str, str]:
-    """What tells whether a prompt belongs to a model, in either precision and under any name."""
-    parts = [weight.detach().flatten()[::max(1, weight.numel() // 64)].bfloat16().float().tolist()
-             for weight in model.parameters()]  # 64 numbers of each, or up to 127
-    probe = tokenizer("A fox, 12.5 (naïve)\n<extra_id_0> word").input_ids  # how it cuts and ends
-    return {"family": f"{model.config.model_type} {model.config.feed_forward_proj}",
-            "tokenizer": digest((sorted(tokenizer.get_vocab().items(), key=str), probe)),
-            "weights": digest(parts)}
-
-
-def made_from(model, tokenizer, data: Data, start: Tensor) -> dict[str, str]:
-    """What must be the same when a command goes on: model, tokenizer, data, initial prompt."""
-    return {**fingerprint(model, tokenizer), "data": digest(data), "start": digest(start.tolist())}
-
-
 def label_ids(tokenizer, task: Task) -> list[list[int]]:
     """Token ids of each label's target, end of sequence included; UserError if two are alike."""
     ids = [tokenizer(task.prefix + label).input_ids for label in task.labels]
@@ -1170,25 +1150,6 @@ def train(model, tokenizer, prompt: SoftPrompt, schedule, data: Data, config: Co
     return run, final
 
 
-def begin(model, tokenizer, prompt, optimizer, schedule, data, config, seed, folder) -> Progress:
-    """A run as its checkpoint has it; without one a new run, with the neurons scored if need be."""
-    origin = {**made_from(model, tokenizer, data, prompt.weight), "seed": seed,
-              "settings": digest(fixed(config)), "schedule": [list(part) for part in schedule]}
-    run = load_checkpoint(folder, prompt, optimizer, origin)
-    if run is None:
-        run = Progress(origin)
-        if any(part.width < 1 for part in schedule):
-            run.scores, run.cost["scoring_flops"] = score_on_train(
-                model, tokenizer, prompt, data, config, seed)
-    return run
-
-
-def due(run: Progress, config: Config) -> bool:
-    """Is an evaluation due after the last update, and not made yet?"""
-    last = run.log[-1]["step"] if run.log else 0
-    return run.step > last and (run.step % config.eval_every == 0 or run.step == config.steps)
-
-
 def update(partial, full, prompt, optimizer, batch, config: Config, run: Progress, folder) -> None:
     """One update: the prompt and `run` have made it, or UserError and they have not."""
     start, before = time.perf_counter(), prompt.weight.detach().clone()
@@ -1205,31 +1166,6 @@ def update(partial, full, prompt, optimizer, batch, config: Config, run: Progres
     run.cost["pt_flops"] += update_flops(full, prompt, shards, config)  # pt on the same batch
     run.cost["cut_sources"] += sum(row.cut for row in batch)
     run.seconds["train"] += time.perf_counter() - start
-
-
-def measure(final, tokenizer, prompt, data: Data, config: Config, run: Progress, folder) -> None:
-    """Evaluate the prompt as it is now on the final model; keep it if it is the best. A log row."""
-    start = time.perf_counter()
-    dev, _ = evaluate(final, prompt, tokenizer, data.task, data.dev, config)
-    with undisturbed():
-        if run.best is None or main_score(dev) >= main_score(run.best[1]):
-            run.best = prompt.weight.detach().clone(), dev, run.step
-            save_prompt(folder / "prompt", run.best[0], config.model, run.origin)
-        run.seconds["eval"] += time.perf_counter() - start
-        run.log.append({"step": run.step, "stage": run.stage,
-                        "loss": sum(run.losses) / len(run.losses), "dev": dev, **run.cost})
-        run.losses = []
-        record(run, folder)
-
-
-def split(batch: list, processes: int, parts: int) -> list[list[list]]:
-    """A batch -> for each process its parts. None is empty if the batch has one example for each.
-
-    Processes take turns, so that each has long and short ones; parts are of similar length.
-    """
-    shards = [batch[i::processes] for i in range(processes)]
-    return [[shard[len(shard) * i // parts:len(shard) * (i + 1) // parts] for i in range(parts)]
-            for shard in shards]
 
 
 def gradient(model, prompt: SoftPrompt, shards) -> tuple[Tensor, Tensor]:
@@ -1252,19 +1188,6 @@ def gradient(model, prompt: SoftPrompt, shards) -> tuple[Tensor, Tensor]:
     return loss, nn.utils.clip_grad_norm_([prompt.weight], 1.0)
 
 
-def padded_shape(prompt: SoftPrompt, rows: list[Encoded]) -> tuple[int, int, int]:
-    """B, P+T and S of these rows as `collate` pads them, for `step_flops`."""
-    return (len(rows), len(prompt.weight) + max(len(row.source) for row in rows),
-            max(len(row.target) for row in rows))
-
-
-def update_flops(model, prompt: SoftPrompt, shards, config: Config) -> int:
-    """FLOPs of all parts of all processes, each as it is padded."""
-    shapes = [padded_shape(prompt, part) for shard in shards for part in shard]
-    again = sum(rerun_flops(model, *shape) for shape in shapes) if config.checkpointing else 0
-    return sum(step_flops(model, *shape) for shape in shapes) + again
-
-
 def adafactor(prompt: SoftPrompt, lr: float):
     """The paper's optimiser: a step has RMS `lr` at most, whatever the scale of all gradients.
 
@@ -1274,6 +1197,40 @@ def adafactor(prompt: SoftPrompt, lr: float):
 
     return Adafactor([prompt.weight], lr=lr, scale_parameter=False, relative_step=False,
                      warmup_init=False, weight_decay=1e-5)
+
+
+def measure(final, tokenizer, prompt, data: Data, config: Config, run: Progress, folder) -> None:
+    """Evaluate the prompt as it is now on the final model; keep it if it is the best. A log row."""
+    start = time.perf_counter()
+    dev, _ = evaluate(final, prompt, tokenizer, data.task, data.dev, config)
+    with undisturbed():
+        if run.best is None or main_score(dev) >= main_score(run.best[1]):
+            run.best = prompt.weight.detach().clone(), dev, run.step
+            save_prompt(folder / "prompt", run.best[0], config.model, run.origin)
+        run.seconds["eval"] += time.perf_counter() - start
+        run.log.append({"step": run.step, "stage": run.stage,
+                        "loss": sum(run.losses) / len(run.losses), "dev": dev, **run.cost})
+        run.losses = []
+        record(run, folder)
+
+
+def due(run: Progress, config: Config) -> bool:
+    """Is an evaluation due after the last update, and not made yet?"""
+    last = run.log[-1]["step"] if run.log else 0
+    return run.step > last and (run.step % config.eval_every == 0 or run.step == config.steps)
+
+
+def begin(model, tokenizer, prompt, optimizer, schedule, data, config, seed, folder) -> Progress:
+    """A run as its checkpoint has it; without one a new run, with the neurons scored if need be."""
+    origin = {**made_from(model, tokenizer, data, prompt.weight), "seed": seed,
+              "settings": digest(fixed(config)), "schedule": [list(part) for part in schedule]}
+    run = load_checkpoint(folder, prompt, optimizer, origin)
+    if run is None:
+        run = Progress(origin)
+        if any(part.width < 1 for part in schedule):
+            run.scores, run.cost["scoring_flops"] = score_on_train(
+                model, tokenizer, prompt, data, config, seed)
+    return run
 
 
 def score_on_train(model, tokenizer, prompt, data: Data, config: Config, seed: int):
@@ -1289,6 +1246,39 @@ def score_on_train(model, tokenizer, prompt, data: Data, config: Config, seed: i
                        for part in parts)
 
 
+def split(batch: list, processes: int, parts: int) -> list[list[list]]:
+    """A batch -> for each process its parts. None is empty if the batch has one example for each.
+
+    Processes take turns, so that each has long and short ones; parts are of similar length.
+    """
+    shards = [batch[i::processes] for i in range(processes)]
+    return [[shard[len(shard) * i // parts:len(shard) * (i + 1) // parts] for i in range(parts)]
+            for shard in shards]
+
+
+def padded_shape(prompt: SoftPrompt, rows: list[Encoded]) -> tuple[int, int, int]:
+    """B, P+T and S of these rows as `collate` pads them, for `step_flops`."""
+    return (len(rows), len(prompt.weight) + max(len(row.source) for row in rows),
+            max(len(row.target) for row in rows))
+
+
+def update_flops(model, prompt: SoftPrompt, shards, config: Config) -> int:
+    """FLOPs of all parts of all processes, each as it is padded."""
+    shapes = [padded_shape(prompt, part) for shard in shards for part in shard]
+    again = sum(rerun_flops(model, *shape) for shape in shapes) if config.checkpointing else 0
+    return sum(step_flops(model, *shape) for shape in shapes) + again
+
+
+def over_pt(cost: dict) -> float:
+    """FLOPs so far, scoring included, over those of plain prompt tuning on the same batches."""
+    return (cost["flops"] + cost["scoring_flops"]) / cost["pt_flops"]
+
+
+def main_score(scores: dict[str, float]) -> float:
+    """The first score, the one that chooses the prompt."""
+    return next(iter(scores.values()))
+
+
 def stop_nonfinite(prompt: Tensor, run: Progress, rows: list[Encoded], config: Config, folder):
     """Keep the prompt of the last good update and the batch to blame, and end the run."""
     batch, kept = folder / "bad-batch.jsonl", folder / "prompt-last-good"
@@ -1297,91 +1287,6 @@ def stop_nonfinite(prompt: Tensor, run: Progress, rows: list[Encoded], config: C
     raise UserError(f"update {run.step + 1}: the loss, its gradient or the prompt is not finite. "
                     f"Batch: {batch}; last good prompt: {kept}. Usual causes: --lr too high, or "
                     "weights with NaN")
-
-
-def main_score(scores: dict[str, float]) -> float:
-    """The first score, the one that chooses the prompt."""
-    return next(iter(scores.values()))
-
-
-def over_pt(cost: dict) -> float:
-    """FLOPs so far, scoring included, over those of plain prompt tuning on the same batches."""
-    return (cost["flops"] + cost["scoring_flops"]) / cost["pt_flops"]
-
-
-@contextlib.contextmanager
-def stopping():
-    """SIGINT and SIGTERM raise `Stopped` in this block."""
-    def stop(number, _):
-        raise Stopped(number)
-
-    with handling(stop):
-        yield
-
-
-@contextlib.contextmanager
-def undisturbed():
-    """SIGINT and SIGTERM wait until this block is done: an update is made whole or not at all."""
-    waiting = []
-    try:
-        with handling(lambda number, _: waiting.append(number)):
-            yield
-    except UserError:  # told first
-        waiting.clear()
-        raise
-    finally:
-        for number in waiting[:1]:
-            signal.raise_signal(number)
-
-
-@contextlib.contextmanager
-def handling(handler):
-    """Signals are for the main thread alone; in another one this does nothing."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-    old = [(number, signal.signal(number, handler)) for number in signals]
-    try:
-        yield
-    finally:
-        for number, usual in old:
-            signal.signal(number, usual)
-
-
-# One of many processes, under torchrun: each has a part of every batch and of every evaluation. A
-# prompt is 60 kB for t5-base, so torch's DistributedDataParallel, made anew at each growth, would
-# add nothing to one all_reduce.
-
-
-def together() -> bool:
-    """Has this process joined others?"""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def workers() -> int:
-    """The number of processes; 1 without torchrun."""
-    return torch.distributed.get_world_size() if together() else 1
-
-
-def rank() -> int:
-    """The number of this process among `workers`; 0 prints and writes."""
-    return torch.distributed.get_rank() if together() else 0
-
-
-def gathered(value) -> list:
-    """`value` of every process."""
-    values = [value] * workers()
-    if workers() > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def join(device) -> None:
-    """Meet the other processes, if torchrun started this one; only the first is heard."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not together():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
-        if rank():
-            sys.stdout = open(os.devnull, "w")
 
 
 # ====== 8 Record ==================================================================================
@@ -1414,6 +1319,26 @@ def write(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             draft.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def digest(value) -> str:
+    """A short text that differs where values differ."""
+    return hashlib.blake2b(repr(value).encode(), digest_size=8).hexdigest()
+
+
+def fingerprint(model, tokenizer) -> dict[str, str]:
+    """What tells whether a prompt belongs to a model, in either precision and under any name."""
+    parts = [weight.detach().flatten()[::max(1, weight.numel() // 64)].bfloat16().float().tolist()
+             for weight in model.parameters()]  # 64 numbers of each, or up to 127
+    probe = tokenizer("A fox, 12.5 (naïve)\n<extra_id_0> word").input_ids  # how it cuts and ends
+    return {"family": f"{model.config.model_type} {model.config.feed_forward_proj}",
+            "tokenizer": digest((sorted(tokenizer.get_vocab().items(), key=str), probe)),
+            "weights": digest(parts)}
+
+
+def made_from(model, tokenizer, data: Data, start: Tensor) -> dict[str, str]:
+    """What must be the same when a command goes on: model, tokenizer, data, initial prompt."""
+    return {**fingerprint(model, tokenizer), "data": digest(data), "start": digest(start.tolist())}
 
 
 def save_checkpoint(folder: Path, run: Progress, prompt: SoftPrompt, optimizer) -> None:
@@ -2057,6 +1982,44 @@ def run_name(schedule: str, seed: int) -> str:
 
 
 @contextlib.contextmanager
+def stopping():
+    """SIGINT and SIGTERM raise `Stopped` in this block."""
+    def stop(number, _):
+        raise Stopped(number)
+
+    with handling(stop):
+        yield
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """SIGINT and SIGTERM wait until this block is done: an update is made whole or not at all."""
+    waiting = []
+    try:
+        with handling(lambda number, _: waiting.append(number)):
+            yield
+    except UserError:  # told first
+        waiting.clear()
+        raise
+    finally:
+        for number in waiting[:1]:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def handling(handler):
+    """Signals are for the main thread alone; in another one this does nothing."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    old = [(number, signal.signal(number, handler)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, usual in old:
+            signal.signal(number, usual)
+
+
+@contextlib.contextmanager
 def in_one_line(out: Path | None = None):
     """What ends a command from outside becomes one line, with the command that goes on in `out`."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")
@@ -2144,6 +2107,43 @@ def introduce(config: Config, data: Data, device) -> None:
     print(f"{config.model} on {device} in {config.precision}{several}; {config.task}: "
           f"{len(data.train)} train, {len(data.dev)} dev, {len(data.validation)} validation "
           f"examples; {'goes on in' if config.resume else 'writes'} {config.out}")
+
+
+# One of many processes, under torchrun: each has a part of every batch and of every evaluation. A
+# prompt is 60 kB for t5-base, so torch's DistributedDataParallel, made anew at each growth, would
+# add nothing to one all_reduce.
+
+
+def together() -> bool:
+    """Has this process joined others?"""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def workers() -> int:
+    """The number of processes; 1 without torchrun."""
+    return torch.distributed.get_world_size() if together() else 1
+
+
+def rank() -> int:
+    """The number of this process among `workers`; 0 prints and writes."""
+    return torch.distributed.get_rank() if together() else 0
+
+
+def gathered(value) -> list:
+    """`value` of every process."""
+    values = [value] * workers()
+    if workers() > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def join(device) -> None:
+    """Meet the other processes, if torchrun started this one; only the first is heard."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not together():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        if rank():
+            sys.stdout = open(os.devnull, "w")
 
 
 if __name__ == "__main__":

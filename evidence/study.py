@@ -255,23 +255,15 @@ def transfer(job) -> dict:
 
 
 def cosines(found: list[dict]) -> dict:
-    """Mean cosine of last prompts: same seed by pair of models; then the controls."""
-    prompts = {(row["task"], row["seed"], name): torch.tensor(values)
-               for row in found for name, values in row["last"].items()}
-
-    def mean(pairs):
-        pairs = [torch.cosine_similarity(prompts[a], prompts[b], dim=0).item() for a, b in pairs]
-        return sum(pairs) / len(pairs) if pairs else None
-
-    tasks, seeds = ({row[key] for row in found} for key in ("task", "seed"))
-    of_models = [[mean([((task, seed, a), (task, seed, b)) for task in tasks for seed in seeds
-                        if (task, seed, a) in prompts]) for b in FIXED] for a in FIXED]
-    pairs = list(itertools.combinations([key for key in prompts if key[2] == "pt"], 2))
-    drawn = torch.randn(2, 64 * 20, generator=fpt.rng("cosine"))
-    return {"models": FIXED, "same_seed_and_task": of_models,
-            "pt, other seed": mean([(a, b) for a, b in pairs if a[0] == b[0]]),
-            "pt, other task": mean([(a, b) for a, b in pairs if a[0] != b[0] and a[1] == b[1]]),
-            "random": torch.cosine_similarity(*drawn, dim=0).item()}
+    """Of last prompts: `fpt.similarity` of each task, and the control that it cannot have."""
+    runs = [{"task": row["task"], "seed": row["seed"], "schedule": name,
+             "prompt": torch.tensor(values)} for row in found for name, values in row["last"].items()]
+    plain = [run for run in runs if run["schedule"] == "pt"]
+    other = [torch.cosine_similarity(a["prompt"], b["prompt"], dim=0).item()
+             for a, b in itertools.combinations(plain, 2)
+             if a["task"] != b["task"] and a["seed"] == b["seed"]]
+    return {"other_task": mean(other), "by_task": {task: fpt.similarity(
+        [run for run in runs if run["task"] == task]) for task in {run["task"] for run in runs}}}
 
 
 # ====== Tables ====================================================================================
@@ -406,7 +398,7 @@ def transferred(record: dict) -> list[list[float]]:
 
 def table_transfer(record: dict) -> str:
     """The part of `transferred` that `cr` is made of; and how alike these prompts are."""
-    found, similar = transferred(record), record["cosines"]
+    found = transferred(record)
     return "\n".join([markdown("A prompt of one model on another", [
         "trained on", *(f"on `{name}`" for name in COMPOUND)], [
         [f"`{name}`", *(f"{found[FIXED.index(name)][FIXED.index(other)]:.1f}"
@@ -415,8 +407,15 @@ def table_transfer(record: dict) -> str:
             *(f"`{name}`, same seed" for name in COMPOUND[:3]), "`pt`, other seed",
             "`pt`, other task", "random"], [
             [f"{value:.3f}" for value in (
-                *(similar["same_seed_and_task"][0][FIXED.index(name)] for name in COMPOUND[:3]),
-                similar["pt, other seed"], similar["pt, other task"], similar["random"])]])])
+                *(cosine(record, ["pt", name], "same_seed") for name in COMPOUND[:3]),
+                cosine(record, ["pt", "pt"], "other_seed"), record["cosines"]["other_task"],
+                cosine(record, ["random"], "other_seed"))]])])
+
+
+def cosine(record: dict, schedules: list[str], which: str) -> float:
+    """A row of `fpt.similarity`, as the mean over the tasks."""
+    return mean(row[which] for rows in record["cosines"]["by_task"].values() for row in rows
+                if row["schedules"] == schedules)
 
 
 def tables(record: dict) -> str:
