@@ -2785,7 +2785,24 @@ def test_a_table_of_the_study_by_hand():
     study.REPORTED = ("slot",)
     text = study.table_changes({"cells": cells})
     assert "| warm-up | 30.0 | 30.0 | -10.0 | 0.750 |" in text
-    assert "| pt | 20.0 | 20.0 | -20.0 | 1.000 |" in text
+    assert "| none | 40.0 | 40.0 |  | 0.750 |" in text and "| pt | 20.0 | 20.0 | -20.0 |" in text
+
+
+def test_the_drawings_of_the_study():
+    """Two tasks: the mean of 100 and 80 at the end of `pt`; a square for each pair of models."""
+    figures = script(ROOT / "evidence" / "figures.py")
+    cells = [cell(task, schedule, 0, best, flops) for task, schedule, best, flops in (
+        ("slot", "pt", [50, 100], [10, 20]), ("told", "pt", [60, 80], [20, 40]),
+        ("slot", "cr", [70, 90], [5, 10]), ("told", "cr", [70, 92], [5, 10]),
+        ("slot", "fast", [70, 90], [5, 10]), ("told", "fast", [70, 90], [5, 10]))]
+    matrix = [[10 * i + j for j in range(10)] for i in range(10)]
+    record = {"cells": cells, "transfer": [{"validation": matrix}]}
+    [axes] = figures.curves({"study": record}).axes
+    lines = {line.get_label(): [list(map(float, axis)) for axis in line.get_data()]
+             for line in axes.lines}
+    assert lines["pt: 90.0"] == [[0.5, 1], [55, 90]] and lines["cr: 91.0"][0] == [0.1875, 0.375]
+    [axes] = figures.transfer({"study": record}).axes
+    assert [text.get_text() for text in axes.texts] == [str(value) for value in range(100)]
 
 
 @pytest.mark.parametrize("name", ["study", "study-whole"])

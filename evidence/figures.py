@@ -60,7 +60,8 @@ MODELS = {"study": "shipped model", "study-whole": "made without sub-networks"}
 def curves(records: dict[str, dict]):
     """Best dev score so far against FLOPs, as a share of what `pt` spends: mean of tasks, seeds."""
     plot = Figure(figsize=(7, 3.4), layout="constrained")
-    for axes, (name, record) in zip(plot.subplots(1, len(records), sharey=True), records.items()):
+    panels = plot.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    for axes, (name, record) in zip(panels, records.items()):
         for schedule, (color, line) in STYLES.items():
             cells = [cell for cell in record["cells"] if cell["schedule"] == schedule
                      and cell["task"] in study.REPORTED and not cell["change"]]

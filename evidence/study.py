@@ -305,7 +305,9 @@ def over_tasks(found: dict, name: str, key: str, base: str | None = None) -> lis
 
 
 def pooled(found: dict, name: str, key: str, base: str | None = None) -> str:
-    """Mean and 95 % interval over all pairs of a task and a seed."""
+    """Mean and 95 % interval over all pairs of a task and a seed; nothing for the base itself."""
+    if name == base:
+        return ""
     values = [value - (rows[base][key][i] if base else 0) for rows in found.values()
               for i, value in enumerate(rows[name][key])]
     return f"{mean(values):+.1f}" + "{}".format(
