@@ -242,6 +242,8 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
 
 def view(module):
     """A copy of a module with the same tensors, and a table of children of its own to change."""
+    if "forward" in vars(module):  # it would run the children of the original, whatever is changed
+        raise ValueError("a layer is checkpointed, or hooked by accelerate: cut it before that")
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     return clone

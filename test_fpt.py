@@ -446,6 +446,15 @@ def test_partial_t5_refuses_scores_of_another_model():
             fpt.partial_t5(model, 1, 0.5, scores)
 
 
+def test_a_checkpointed_layer_is_not_cut():
+    """The cut would be passed over in silence: what runs is the layer that was wrapped."""
+    model = fpt.checkpointed(tiny())
+    for cut in (lambda: fpt.partial_t5(model, 1, 0.5, random_scores()),
+                lambda: fpt.absorbed(model), lambda: fpt.checkpointed(model)):
+        with pytest.raises(ValueError, match="cut it before"):
+            cut()
+
+
 def score_batches():
     """Two padded batches, of 3 and of 2 examples: a mean of batch means would be wrong."""
     generator = torch.Generator().manual_seed(3)
@@ -2859,14 +2868,17 @@ def test_exercise_1_without_layer_0_a_t5_reads_a_bag_of_words():
 
 
 def test_exercise_2_nested_layers():
-    study = script(ROOT / "evidence" / "study.py")
-    assert [study.nested(9, keep) for keep in (1, 2, 3, 5)] == [
-        [0], [0, 8], [0, 4, 8], [0, 2, 4, 6, 8]]
+    """Of 12: each set holds the one before. By the paper's rule 5 goes at 6, 10 comes never."""
+    nested = script(ROOT / "evidence" / "study.py").nested
+    assert [nested(12, keep) for keep in (3, 6, 9)] == [
+        [0, 5, 11], [0, 2, 3, 5, 8, 11], [0, 1, 2, 3, 5, 6, 8, 9, 11]]
+    three, six, nine = (set(fpt.kept_layers(12, keep)) for keep in (3, 6, 9))
+    assert three - six == {5} and six - nine == {6, 8}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exercise_3_neurons_by_what_they_write(kind):
-    """A neuron of the same activation and a column of wo ten times as large scores ten times."""
+    """Ten times the column of wo: ten times the score. A row of wi: the same, by the activation."""
     study, model, prompt = script(ROOT / "evidence" / "study.py"), tiny(kind), torch.randn(P, D)
     plain = fpt.neuron_scores(model, prompt, list(score_batches()))["encoder"][0]
     before = study.by_output(model, prompt, list(score_batches()))["encoder"][0]
@@ -2875,6 +2887,10 @@ def test_exercise_3_neurons_by_what_they_write(kind):
     column *= 10
     after = study.by_output(model, prompt, list(score_batches()))["encoder"][0]
     assert (after / before).tolist() == pytest.approx([10 if j == 3 else 1 for j in range(D_FF)])
+    net = ffn(model.encoder.block[0])
+    (net.wi if kind == "v1.0" else net.wi_1).weight[5] *= 10
+    more = study.by_output(model, prompt, list(score_batches()))["encoder"][0]
+    assert (more / after)[5].item() == pytest.approx(10)
 
 
 def test_exercise_4_shares_of_equal_cost():
@@ -2890,10 +2906,17 @@ def test_exercise_4_shares_of_equal_cost():
     assert round(sum(map(operator.mul, shares, costs)) / costs[3], 2) == 0.42  # FLOPs over pt's
 
 
-def test_exercise_5_a_growth_that_grows_nothing_changes_nothing(training):
-    """Two stages of the full model are one: what a growth carries over is all there is."""
-    one, two = training("pt"), training("1x1:0.5,1x1:0.5")
-    assert torch.equal(one.prompt.weight, two.prompt.weight) and one.log != two.log  # its stages
+def test_exercise_5_a_growth_that_grows_nothing(here, tmp_path):
+    """The same prompt to the last bit, at the same cost: all differences are 0, all ratios 1."""
+    same = "1x1:0.5,1x1:0.5"
+    fpt.main(flags(here, tmp_path / "out", "--schedule", "pt", same))
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())["schedules"]
+    [pt, two] = found
+    assert two["flops"] == [1] and two["gain"] == [0] and two["dev"] == pt["dev"]
+    assert two["full_updates"] == 10 and two["pt_full_updates"] == pt["dev"]
+    one, other = (fpt.load_prompt(tmp_path / "out" / fpt.run_name(name, 0) / "prompt-last")
+                  for name in ("pt", same))
+    assert torch.equal(one, other)
 
 
 # ====== The documents say what the code does ======================================================
@@ -3062,8 +3085,7 @@ def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
     two = [sum(scores[:2]) / 2 for scores in (cr["dev"], pt["dev"], cr["pt_equal_flops"])]
     assert "`cr` {:.1f}, `pt` {:.1f}, and `pt` stopped at the FLOPs of `cr` {:.1f}".format(
         *two) in " ".join(tutorial.split())
-    for row in pt["dev"], cr["dev"], cr["pt_equal_flops"]:
-        assert " | ".join(f"{score:.1f}" for score in row) in tutorial
+    assert f"{min(pt['dev']):.1f} at worst); all of `cr` are at {min(cr['dev']):.1f}" in tutorial
     assert f"by chance | {fpt.spread(pt['dev'])} | {fpt.spread(cr['dev'])} |" in readme
     assert f"| training FLOPs | 1 | {sum(cr['flops']) / len(cr['flops']):.3f} |" in readme
     assert f"FLOPs of FPT | {fpt.spread(cr['pt_equal_flops'])} | |" in readme
@@ -3075,9 +3097,6 @@ def test_the_readme_and_the_seeds_of_the_tutorial_are_those_of_the_record():
         low, high = fpt.interval([a - b for a, b in zip(cr[key], pt[key])])
         mean = (sum(cr[key]) - sum(pt[key])) / 16
         assert re.search(rf"\+{mean:.1f},( 95 % interval)? {low:.1f} to {high:.1f}", tutorial)
-    for row in record["cosines"][:3]:
-        for key in "same_seed", "other_seed":
-            assert row[key] is None or f"{row[key]:.3f}" in tutorial
 
 
 def test_what_the_offline_default_was_required_to_show():

@@ -257,7 +257,8 @@ def transfer(job) -> dict:
 def cosines(found: list[dict]) -> dict:
     """Of last prompts: `fpt.similarity` of each task, and the control that it cannot have."""
     runs = [{"task": row["task"], "seed": row["seed"], "schedule": name,
-             "prompt": torch.tensor(values)} for row in found for name, values in row["last"].items()]
+             "prompt": torch.tensor(prompt)}
+            for row in found for name, prompt in row["last"].items()]
     plain = [run for run in runs if run["schedule"] == "pt"]
     other = [torch.cosine_similarity(a["prompt"], b["prompt"], dim=0).item()
              for a, b in itertools.combinations(plain, 2)
