@@ -2790,7 +2790,7 @@ def test_a_table_of_the_study_by_hand():
     text = study.table_2({"cells": cells})
     assert "| `cr` | 99.0 | 90.0 | 94.5 | +4.5 [-65.4, 74.4] | 0.750 | 0.75 |" in text
     assert "| `cr` | 85.0 | +9.5 [3.1, 15.9] | 85.0 |" in text
-    assert "| `cr` | 0.25 | 1.50 | 0.88 |" in text and "| `cr` | never | 1.50 | never |" in text
+    assert "| `cr` | 0.25 | 1.50 | 0.88 | never |" in text
     study.REPORTED = ("slot",)
     text = study.table_changes({"cells": cells})
     assert "| warm-up | 30.0 | 30.0 | -10.0 | 0.750 |" in text
@@ -2847,6 +2847,54 @@ fpt.main(["--model", "t5-base", "--task", "rte", "--device", "cpu", "--out", "ou
     line = one_line(done.stderr)
     assert done.returncode == 2 and "nyu-mll/glue" in line and "HF_HUB_OFFLINE=1" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_text_says_of_the_study():
+    """Sentences of tutorial and README, with the numbers of the records put in."""
+    study = script(ROOT / "evidence" / "study.py")
+    shipped, whole = (study.compared(evidence(name), study.REPORTED)
+                      for name in ("study", "study-whole"))
+    tutorial, readme = (" ".join(document(name).split()) for name in ("tutorial.md", "README.md"))
+
+    def less(found, name, key="validation"):
+        return study.pooled(found, name, key, "pt" if key == "validation" else None)
+
+    def points(found, name):
+        return less(found, name).split()[0].lstrip("+-")
+
+    smallest, paper = "0.25x0.25:1", {name: f"{study.PAPER['pt'] - score:.1f}"
+                                      for name, score in study.PAPER.items()}
+    cr, fast = (less(shipped, name, "gain")[1:] for name in ("cr", "fast"))
+    other_cr, other_fast = (less(whole, name, "gain")[1:] for name in ("cr", "fast"))
+    alone = [f"{sum(study.over_tasks(found, 'cr', 'pt_full_updates')) / 5:.1f}"
+             for found in (shipped, whole)]
+    to_pt = {name: study.goals(shipped, name, "flops_to_pt")[-1] for name in ("cr", "fast")}
+    for sentence in (
+            f"with {study.share(shipped, smallest)} of the FLOPs, is {points(shipped, smallest)} "
+            "points *above* it",
+            f"A quarter of both loses {points(whole, smallest)} points (the paper's loses "
+            f"{paper[smallest]}), a quarter of the layers {points(whole, '0.25x1:1')} "
+            f"({paper['0.25x1:1']}), a quarter of the neurons {points(whole, '1x0.25:1')} "
+            f"({paper['1x0.25:1']})",
+            f"about as good as `pt`: {less(shipped, 'cr')} on the shipped model, "
+            f"{less(whole, 'cr')} on *whole*",
+            f"it gains {cr} on the shipped model and {other_cr} on *whole*",
+            f"the full updates alone would have {alone[0]} and {alone[1]}",
+            f"reaches 99 % of `pt` with {to_pt['fast']} of the FLOPs that `pt` needs",
+            f"it costs {study.share(shipped, 'fast')} of `pt`, ends {points(shipped, 'fast')} "
+            f"points above it {less(shipped, 'fast').split(' ', 1)[1]}, and {fast} above `pt` "
+            f"stopped at the same FLOPs; `cr` needs {to_pt['cr']}.",
+            f"It gains {other_fast} over `pt` stopped at the same FLOPs",
+            f"ends {points(whole, 'fast')} points below `pt` "
+            f"{less(whole, 'fast').split(' ', 1)[1]}",
+            f"is `ld`, with {study.goals(whole, 'ld', 'flops_to_pt')[-1]}."):
+        assert sentence in tutorial, sentence
+    low, high = cr.split(" ", 1)[1].strip("[]").split(", ")
+    assert f"{cr.split()[0]} points above ({low} to {high})" in readme
+    assert f"99 % of prompt tuning's score with {to_pt['fast']} of the FLOPs" in readme
+    assert f"`cr` is {other_cr.split()[0]} above (" in readme
+    for rows in shipped.values():  # no task more than a point below `pt`
+        assert sum(rows["fast"]["validation"]) > sum(rows["pt"]["validation"]) - 5
 
 
 # ====== Answers to the exercises of tutorial.md ===================================================
