@@ -87,11 +87,11 @@ def transfer(records: dict[str, dict]):
     for axes, (name, record) in zip(plot.subplots(len(records), squeeze=False)[:, 0],
                                     records.items()):
         found = study.transferred(record)
-        axes.imshow(found, cmap="Greys", vmin=30, vmax=130)
+        axes.imshow(found, cmap="Greys", vmin=30, vmax=110)
         for i, row in enumerate(found):
             for j, value in enumerate(row):
                 axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9,
-                          color="white" if value > 85 else "black",
+                          color="white" if value > 75 else "black",
                           weight="bold" if i == j else "normal")
         ticks = range(len(names))
         axes.set_xticks(ticks, names, rotation=60)
