@@ -2788,8 +2788,9 @@ def test_a_table_of_the_study_by_hand():
     assert first["slot"]["cr"]["flops_to_pt"] == 10 / 40 and not first["slot"]["cr"]["flops_to_all"]
     assert first["told"]["cr"]["flops_to_all"] == 30 / 20
     text = study.table_2({"cells": cells})
-    assert "| `cr` | 99.0 | 90.0 | 94.5 | +4.5 [-65.4, 74.4] | 0.750 | 0.75 |" in text
-    assert "| `cr` | 85.0 | +9.5 [3.1, 15.9] | 85.0 |" in text
+    assert ("| `cr` | 99.0 | 90.0 | 94.5 | +4.5 [-65.4, 74.4] | 0.750 | 0.75 | -0.9 | -0.6 | 0.65 |"
+            in text)
+    assert "| `cr` | 85.0 | +9.0 | +10.0 | +9.5 [3.1, 15.9] | +0.38 | 85.0 |" in text
     assert "| `cr` | 0.25 | 1.50 | 0.88 | never |" in text
     study.REPORTED = ("slot",)
     text = study.table_changes({"cells": cells})
@@ -2849,52 +2850,82 @@ fpt.main(["--model", "t5-base", "--task", "rte", "--device", "cpu", "--out", "ou
     assert not (tmp_path / "out").exists()
 
 
+class Said:
+    """What a record of the study says of a schedule, as the text writes it."""
+
+    def __init__(self, name):
+        self.study = script(ROOT / "evidence" / "study.py")
+        self.found = self.study.compared(evidence(name), self.study.REPORTED)
+
+    def score(self, name):  # less that of `pt`, as "+1.6 [-0.4, 3.6]"
+        return self.study.pooled(self.found, name, "validation", "pt")
+
+    def points(self, name):  # of it the number alone, and the interval
+        return self.score(name).split()[0].lstrip("+-")
+
+    def interval(self, name):
+        return self.score(name).split(" ", 1)[1]
+
+    def gain(self, name):
+        return self.study.pooled(self.found, name, "gain")[1:]
+
+    def on(self, task):
+        return f"{sum(self.found[task]['cr']['gain']) / 5:+.1f}"
+
+    def flops(self, name, to_pt=False):
+        return (self.study.goals(self.found, name, "flops_to_pt")[-1] if to_pt else
+                self.study.share(self.found, name))
+
+
 def test_what_the_text_says_of_the_study():
-    """Sentences of tutorial and README, with the numbers of the records put in."""
-    study = script(ROOT / "evidence" / "study.py")
-    shipped, whole = (study.compared(evidence(name), study.REPORTED)
-                      for name in ("study", "study-whole"))
-    tutorial, readme = (" ".join(document(name).split()) for name in ("tutorial.md", "README.md"))
-
-    def less(found, name, key="validation"):
-        return study.pooled(found, name, key, "pt" if key == "validation" else None)
-
-    def points(found, name):
-        return less(found, name).split()[0].lstrip("+-")
-
-    smallest, paper = "0.25x0.25:1", {name: f"{study.PAPER['pt'] - score:.1f}"
-                                      for name, score in study.PAPER.items()}
-    cr, fast = (less(shipped, name, "gain")[1:] for name in ("cr", "fast"))
-    other_cr, other_fast = (less(whole, name, "gain")[1:] for name in ("cr", "fast"))
-    alone = [f"{sum(study.over_tasks(found, 'cr', 'pt_full_updates')) / 5:.1f}"
-             for found in (shipped, whole)]
-    to_pt = {name: study.goals(shipped, name, "flops_to_pt")[-1] for name in ("cr", "fast")}
+    """Sentences of the tutorial, with the numbers of the records put in."""
+    shipped, whole, text = Said("study"), Said("study-whole"), " ".join(
+        document("tutorial.md").split())
+    small, deep, wide = "0.25x0.25:1", "0.25x1:1", "1x0.25:1"
+    paper = {name: shipped.study.paper(name)[0].lstrip("-") for name in (small, deep, wide)}
+    alone = [mean_of(said.study.over_tasks(said.found, "cr", "pt_full_updates"))
+             for said in (shipped, whole)]
+    ends = [mean_of(said.study.over_tasks(said.found, "cr", "dev")) for said in (shipped, whole)]
     for sentence in (
-            f"with {study.share(shipped, smallest)} of the FLOPs, is {points(shipped, smallest)} "
-            "points *above* it",
-            f"A quarter of both loses {points(whole, smallest)} points (the paper's loses "
-            f"{paper[smallest]}), a quarter of the layers {points(whole, '0.25x1:1')} "
-            f"({paper['0.25x1:1']}), a quarter of the neurons {points(whole, '1x0.25:1')} "
-            f"({paper['1x0.25:1']})",
-            f"about as good as `pt`: {less(shipped, 'cr')} on the shipped model, "
-            f"{less(whole, 'cr')} on *whole*",
-            f"it gains {cr} on the shipped model and {other_cr} on *whole*",
-            f"the full updates alone would have {alone[0]} and {alone[1]}",
-            f"reaches 99 % of `pt` with {to_pt['fast']} of the FLOPs that `pt` needs",
-            f"it costs {study.share(shipped, 'fast')} of `pt`, ends {points(shipped, 'fast')} "
-            f"points above it {less(shipped, 'fast').split(' ', 1)[1]}, and {fast} above `pt` "
-            f"stopped at the same FLOPs; `cr` needs {to_pt['cr']}.",
-            f"It gains {other_fast} over `pt` stopped at the same FLOPs",
-            f"ends {points(whole, 'fast')} points below `pt` "
-            f"{less(whole, 'fast').split(' ', 1)[1]}",
-            f"is `ld`, with {study.goals(whole, 'ld', 'flops_to_pt')[-1]}."):
-        assert sentence in tutorial, sentence
-    low, high = cr.split(" ", 1)[1].strip("[]").split(", ")
-    assert f"{cr.split()[0]} points above ({low} to {high})" in readme
-    assert f"99 % of prompt tuning's score with {to_pt['fast']} of the FLOPs" in readme
-    assert f"`cr` is {other_cr.split()[0]} above (" in readme
-    for rows in shipped.values():  # no task more than a point below `pt`
-        assert sum(rows["fast"]["validation"]) > sum(rows["pt"]["validation"]) - 5
+            f"with {shipped.flops(small)} of the FLOPs, is {shipped.points(small)} points *above* "
+            f"it {shipped.interval(small)}",
+            f"A quarter of both loses {whole.points(small)} points (the paper's loses "
+            f"{paper[small]}), a quarter of the layers {whole.points(deep)} ({paper[deep]}), a "
+            f"quarter of the neurons {whole.points(wide)} ({paper[wide]})",
+            f"about as good as `pt`: {shipped.score('cr')} on the shipped model, "
+            f"{whole.score('cr')} on *whole*",
+            f"gains {shipped.gain('cr')} on the shipped model, *nearly all of it on one task*, "
+            f"`word` ({shipped.on('word')}), and {whole.gain('cr')} on *whole*, nearly all on "
+            f"`told` ({whole.on('told')})",
+            "The full updates alone would have {:.1f} and {:.1f}; the partial stages add {:.1f} "
+            "and {:.1f} points".format(*alone, *map(operator.sub, ends, alone)),
+            f"99 % of `pt` with {shipped.flops('fast', True)} of the FLOPs that `pt` needs",
+            f"it costs {shipped.flops('fast')} of `pt`, ends {shipped.points('fast')} points above "
+            f"it {shipped.interval('fast')}, and {shipped.gain('fast')} above `pt` stopped at the "
+            f"same FLOPs; `cr` needs {shipped.flops('cr', True)}.",
+            f"It gains {whole.gain('fast')} over `pt` stopped at the same FLOPs, but ends "
+            f"{whole.points('fast')} points below `pt` {whole.interval('fast')}",
+            f"is `ld`, with {whole.flops('ld', True)}."):
+        assert sentence in text, sentence
+    for rows in shipped.found.values():  # no task more than a point below `pt`
+        assert mean_of(rows["fast"]["validation"]) > mean_of(rows["pt"]["validation"]) - 1
+
+
+def mean_of(values):
+    return sum(values) / len(values)
+
+
+def test_what_the_readme_says_of_the_study():
+    shipped, whole, text = Said("study"), Said("study-whole"), " ".join(
+        document("README.md").split())
+    gain, low, high = re.findall(r"-?[\d.]+", shipped.gain("cr"))
+    assert f"on four more tasks {gain} points above ({low} to {high};" in text
+    assert f"99 % of prompt tuning's score with {shipped.flops('fast', True)} of the FLOPs" in text
+    gain, low, high = re.findall(r"-?[\d.]+", whole.gain("cr"))
+    assert f"`cr` is {gain} above ({low} to {high})" in text
+    gains = evidence("micro-other")["schedules"][1]["gain"]
+    low, high = fpt.interval(gains)
+    assert f"the gain is {mean_of(gains):.1f} ({low:.1f} to {high:.1f})" in text
 
 
 # ====== Answers to the exercises of tutorial.md ===================================================
