@@ -2911,6 +2911,32 @@ def test_what_the_text_says_of_the_study():
         assert mean_of(rows["fast"]["validation"]) > mean_of(rows["pt"]["validation"]) - 1
 
 
+def test_what_the_text_says_of_the_changes():
+    study, text = script(ROOT / "evidence" / "study.py"), " ".join(
+        document("tutorial.md").split())
+    found = study.compared(evidence("study"), study.REPORTED, changes=True)
+
+    def less(name, base="none"):
+        return re.findall(r"-?[\d.]+", study.pooled(found, name, "validation", base))
+
+    at_flops, alone = (less(f"pt, the {what}") for what in ("FLOPs of cr", "full updates alone"))
+    words, short = (less(f"pt, {what}", "pt")[0] for what in ("start labels", "length 5"))
+    random_layers, cheaper = less("layers random"), less("shares 30 30 30 10")
+    assert words == short
+    for sentence in (
+            f"ends {at_flops[0][1:]} points below it [{at_flops[2][1:]}, {at_flops[1][1:]}]",
+            f"the full updates alone {alone[0][1:]} [{alone[2][1:]}, {alone[1][1:]}], on "
+            "validation",
+            f"50 vectors cost {less('length 50')[0][1:]} points in `cr` and "
+            f"{less('pt, length 50', 'pt')[0][1:]} in `pt`",
+            f"at random change {random_layers[0]} [{random_layers[1]}, {random_layers[2]}]",
+            f"30/30/30/10 costs {study.share(found, 'shares 30 30 30 10')} instead of "
+            f"{study.share(found, 'none')}, for {cheaper[0]} [{cheaper[1]}, {cheaper[2]}]",
+            f"instead of 20 cost {study.share(found, 'length 5')}, and lose nothing",
+            f"`pt` gains {words} points from a start at the label words"):
+        assert sentence in text, sentence
+
+
 def mean_of(values):
     return sum(values) / len(values)
 
