@@ -2911,6 +2911,23 @@ def test_what_the_text_says_of_the_study():
         assert mean_of(rows["fast"]["validation"]) > mean_of(rows["pt"]["validation"]) - 1
 
 
+def test_what_the_text_says_of_transfer():
+    study, text = script(ROOT / "evidence" / "study.py"), " ".join(
+        document("tutorial.md").split())
+    shipped, whole = evidence("study"), evidence("study-whole")
+    up, down, seeds = [], [], []
+    for record in shipped, whole:
+        matrix, full = study.transferred(record), study.FIXED.index("pt")
+        up += [f"{matrix[study.FIXED.index(name)][full]:.1f}" for name in study.COMPOUND[:3]]
+        down.append(f"{matrix[full][study.FIXED.index('0.25x0.25:1')]:.1f}")
+        seeds.append(f"{study.cosine(record, ['pt', 'pt'], 'other_seed'):.3f}")
+    for sentence in (
+            "have {}, {} and {} % on the shipped model, and {}, {} and {} on *whole*".format(*up),
+            "on the quarter has {} and {}".format(*down), "({} and {})".format(*seeds),
+            "a prompt of the quarter has {} % on the full model, one of the half {}".format(*up)):
+        assert sentence in text, sentence
+
+
 def test_what_the_text_says_of_the_changes():
     study, text = script(ROOT / "evidence" / "study.py"), " ".join(
         document("tutorial.md").split())
