@@ -3133,9 +3133,8 @@ def test_commands_parse():
             of_torchrun, _, ours = command.partition(" fpt.py ")
             get_args_parser().parse_args([*shlex.split(of_torchrun)[1:], "fpt.py"])
             assert fpt.parse_args(shlex.split(ours, comments=True)).task in fpt.TASKS
-        for command in re.findall(r"python evidence/bench\.py[^`\n]*", text):
-            arguments = shlex.split(command, comments=True)[2:]
-            script(ROOT / "evidence/bench.py").make_parser().parse_args(arguments)
+        for path, command in re.findall(r"python (evidence/(?:bench|study)\.py)([^`\n]*)", text):
+            script(ROOT / path).make_parser().parse_args(shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

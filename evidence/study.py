@@ -242,14 +242,14 @@ def transfer(job) -> dict:
     start = fpt.start_prompt(model, tokenizer, data.task, config, seed)
     scores, _ = fpt.score_on_train(model, tokenizer, fpt.SoftPrompt(start), data, config, seed)
     matrix, last = [], {}
+    models = [fpt.absorbed(fpt.partial_t5(model, *fpt.parse_schedule(name)[0][:2], scores, False))
+              for name in FIXED]
     for schedule in FIXED:
         folder = place(out, task, schedule, "", seed)
         prompt = fpt.SoftPrompt(fpt.load_prompt(folder / "prompt"))
         last[schedule] = fpt.load_prompt(folder / "prompt-last").flatten().tolist()
         matrix.append([])
-        for other in FIXED:
-            depth, width, _ = fpt.parse_schedule(other)[0]
-            partial = fpt.absorbed(fpt.partial_t5(model, depth, width, scores, decoder=False))
+        for partial in models:
             found, _ = fpt.evaluate(partial, prompt, tokenizer, data.task, data.validation, config)
             matrix[-1].append(fpt.main_score(found))
     return {"task": task, "seed": seed, "models": FIXED, "validation": matrix, "last": last}
@@ -278,6 +278,7 @@ PAPER = dict(zip((*FIXED, "ld", "fr", "cr"), (
     (84.93, 86.77, 70.41, 86), (62.53, 78.38, 46.00, 20), (64.09, 78.91, 48.45, 40),
     (80.63, 86.32, 62.30, 66), (85.72, 86.51, 70.92, 72, 0.11), (86.49, 87.11, 71.50, 83, 0.49),
     (85.13, 86.40, 70.87, 65, 0.38))))
+OF_PAPER = "paper: labels", "paper: five tasks", "paper: FLOPs"
 
 
 def paper(name: str) -> list[str]:
@@ -362,9 +363,6 @@ def table_1(record: dict) -> str:
         "depth x width", *found, "mean", "less `pt` [95 %]", "FLOPs", *OF_PAPER], [
         [f"`{name}`", *scores(found, name), pooled(found, name, "validation", "pt"),
          share(found, name), *paper(name)] for name in known])
-
-
-OF_PAPER = "paper: labels", "paper: five tasks", "paper: FLOPs"
 
 
 def table_2(record: dict) -> str:
@@ -454,6 +452,27 @@ def tables(record: dict) -> str:
     return "\n".join(text)
 
 
+def make_parser():
+    """The flags."""
+    parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
+    parser.error = lambda text: parser.exit(2, f"study.py: error: {text}; see --help\n")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder of the study")
+    what.add_argument("--show", type=Path, help="print the tables of a study.json, run nothing")
+    parser.add_argument("--part", nargs="+", choices=("table", "change", "transfer", "search"),
+                        default=["table", "change", "transfer", "search"], help="(default: all)")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4],
+                        help="(default: 0 1 2 3 4)")
+    parser.add_argument("--model", type=Path, default=ROOT / "micro" / "model",
+                        help="another micro model (default: the shipped one)")
+    parser.add_argument("--steps", type=int, default=SETTINGS["steps"],
+                        help="updates of the parts table and search (default: %(default)s)")
+    parser.add_argument("--eval-every", type=int, default=SETTINGS["eval_every"],
+                        help="(default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="at a time (default: 2)")
+    return parser
+
+
 def main(args) -> None:
     if args.show:
         print(tables(json.loads(args.show.read_text())))
@@ -481,20 +500,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
-    parser.error = lambda text: parser.exit(2, f"study.py: error: {text}; see --help\n")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="folder of the study")
-    what.add_argument("--show", type=Path, help="print the tables of a study.json, run nothing")
-    parser.add_argument("--part", nargs="+", choices=("table", "change", "transfer", "search"),
-                        default=["table", "change", "transfer", "search"], help="(default: all)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4],
-                        help="(default: 0 1 2 3 4)")
-    parser.add_argument("--model", type=Path, default=ROOT / "micro" / "model",
-                        help="another micro model (default: the shipped one)")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"],
-                        help="updates of the parts table and search (default: %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=SETTINGS["eval_every"],
-                        help="(default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="at a time (default: 2)")
-    main(parser.parse_args())
+    main(make_parser().parse_args())
