@@ -315,11 +315,10 @@ def compared(record: dict, tasks, changes: bool = False) -> dict[str, dict]:
     return found
 
 
-def over_tasks(found: dict, name: str, key: str, base: str | None = None) -> list[float]:
-    """A value of each seed, as the mean over the tasks; less that of another row, where named."""
-    lists = [[value - (rows[base][key][i] if base else 0) for i, value in enumerate(
-        rows[name][key])] for rows in found.values()]
-    return [mean(values) for values in zip(*lists, strict=True)]
+def over_tasks(found: dict, name: str, key: str) -> list[float]:
+    """A value of each seed, as the mean over the tasks."""
+    return [mean(values) for values in zip(*(rows[name][key] for rows in found.values()),
+                                           strict=True)]
 
 
 def pooled(found: dict, name: str, key: str, base: str | None = None) -> str:
@@ -328,8 +327,8 @@ def pooled(found: dict, name: str, key: str, base: str | None = None) -> str:
         return ""
     values = [value - (rows[base][key][i] if base else 0) for rows in found.values()
               for i, value in enumerate(rows[name][key])]
-    return f"{mean(values):+.1f}" + "{}".format(
-        " [{:.1f}, {:.1f}]".format(*fpt.interval(values)) if len(values) > 1 else "")
+    bounds = fpt.interval(values)
+    return f"{mean(values):+.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
 
 
 def goals(found: dict, name: str, key: str) -> list[str]:
