@@ -41,6 +41,7 @@ Glossary
     d_ff     neurons of a feed-forward network (FFN): neuron j is row j of wi and column j of wo
     L, C     layers ("blocks") of the encoder or of the decoder; labels of a task
     H, d_kv  heads of an attention, and the width of one
+    b, i, k  examples in a part of a batch; indices
     depth    share of the L layers that a partial model keeps (Table 1: "Enc/Dec layers")
     width    share of the d_ff neurons that each layer keeps  (Table 1: "FFN dim")
     stage    a depth, a width, and the share of all updates spent there
@@ -48,7 +49,7 @@ Glossary
 """
 
 import argparse, copy, functools, itertools, json, math, os, re  # noqa: E401
-import signal, statistics, sys, time, unicodedata, zlib  # noqa: E401
+import signal, statistics, sys, time, unicodedata, urllib.request, zlib  # noqa: E401
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default=str(MICRO / "model"), help="hub id or folder of a T5, mT5 or ByT5")
     add("--task", default=str(MICRO / "entailment"), help="name in the task table, or a folder")
-    add("--schedule", nargs="+", default=["cr"], help="pt, ld, fr, cr, fast, or stages like "
-        "0.5x0.25:0.3,1x1:0.7 (depth x width : share of the updates); several run in turn")
+    add("--schedule", nargs="+", default=["cr"], help="pt, ld, fr, cr, fast or 0.5x0.5:0.4,1x1:0.6")
     add("--seed", nargs="+", type=int, default=[0], help="of data order and start; several run too")
     add("--steps", type=int, default=30_000, help="updates; the stages scale with it")
     add("--batch", type=int, default=32, help="examples per update")
@@ -108,8 +108,7 @@ if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag answer at once: torch imports slowly
 
 import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from accelerate.utils import broadcast, gather_object, reduce  # noqa: E402
+from accelerate import PartialState, utils  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 # ====== 1 Partial models ==========================================================================
@@ -126,9 +125,7 @@ def kept_layers(total: int, keep: int) -> list[int]:
     """
     if not 1 <= keep <= total:
         raise ValueError(f"cannot keep {keep} of {total} layers")
-    if keep == 1:
-        return [0]
-    gap, longer = divmod(total - 1, keep - 1)  # the last `longer` of the keep-1 gaps are gap+1
+    gap, longer = divmod(total - 1, max(1, keep - 1))  # the last `longer` of keep-1 gaps are gap+1
     return [i * gap + max(0, i - (keep - 1 - longer)) for i in range(keep)]
 
 
@@ -329,7 +326,7 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
         own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
         scores = 2 * batch * target * target * own.inner_dim
         costs += [(linear(target, own), met), (2 * scores, 2 * met)]
-        if isinstance(cross, AbsorbedAttention) and cross.pays(target):
+        if isinstance(cross, AbsorbedAttention) and target <= cross.longest:
             cross = cross.attention
             scores = 2 * batch * target * source * cross.n_heads * cross.d_model
             costs += [(linear(target, cross.q, cross.k), met), (linear(target, cross.v), 1)]
@@ -340,7 +337,7 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
         costs += [(scores, 1 + met), (scores, 2), (linear(target, cross.o, block.layer[2]), 1)]
     forward = sum(cost for cost, _ in costs)
     total = forward + sum(cost * times for cost, times in costs) * backward
-    if model.training and getattr(model.encoder.block[0], "gradient_checkpointing", False):
+    if backward and model.training and model.encoder.block[0].gradient_checkpointing:
         total += forward - costs[0][0]  # layers run again, up to `wo`: nobody needs its output
         for stack, positions in (model.encoder, source), (model.decoder, target):
             total -= linear(positions, *(row.layer[-1].DenseReluDense.wo for row in stack.block))
@@ -395,8 +392,7 @@ def save_prompt(folder, prompt: Tensor, model_name: str) -> None:
     """Write a prompt [P, d] as PEFT's prompt tuning; `PeftModel.from_pretrained` loads it."""
     from safetensors.torch import save_file
 
-    adapter = {
-        "peft_type": "PROMPT_TUNING", "base_model_name_or_path": model_name,
+    adapter = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": model_name} | {
         "task_type": "SEQ_2_SEQ_LM",  # without it PEFT loads the folder and ignores the prompt
         "num_transformer_submodules": 1,  # PEFT's default for T5, 2, wants another, unused [P, d]
         "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "inference_mode": True}
@@ -462,8 +458,8 @@ def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1
         share = token_losses(model, mask, part["labels"], inputs_embeds=embeds).sum() / tokens
         share.backward()
         loss += share.detach()
-    prompt.weight.grad = reduce(prompt.weight.grad, "sum")  # over the processes; 60 kB for t5-base
-    return reduce(loss, "sum")
+    prompt.weight.grad = utils.reduce(prompt.weight.grad, "sum")  # over processes; t5-base: 60 kB
+    return utils.reduce(loss, "sum")
 
 
 def padded_shape(prompt: Tensor, batch: dict[str, Tensor]) -> tuple[int, int, int]:
@@ -544,30 +540,26 @@ class Task(NamedTuple):
     prefix: str = "<extra_id_0>"  # how span-corruption targets begin; the official code keeps it
 
 
-_GLUE, _SUPER = "nyu-mll/glue", "aps/super_glue"  # full names: datasets 5 refuses the short ones
+GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"  # full names: datasets 5 refuses the short ones
 TASKS = {
-    "mnli": Task("hypothesis premise", ("entailment", "neutral", "contradiction"), _GLUE),
-    "qqp": Task("question1 question2", ("not_duplicate", "is_duplicate"), _GLUE, "binary_f1"),
+    "mnli": Task("hypothesis premise", ("entailment", "neutral", "contradiction"), GLUE),
+    "qqp": Task("question1 question2", ("not_duplicate", "is_duplicate"), GLUE, "binary_f1"),
     "squad2": Task("question context", (), "rajpurkar/squad_v2", "squad"),
-    "record": Task("query entities passage", (), _SUPER, "squad"),
+    "record": Task("query entities passage", (), SUPER, "squad"),
     "xsum": Task("document", (), "EdinburghNLP/xsum", "rouge_l", max_target=128),
     # The paper's end here. t5-base and the other v1.0 models saw these (and most of the five) in
     # their own pre-training: their scores show that a run works, not what a prompt can learn.
-    "rte": Task("sentence1 sentence2", ("entailment", "not_entailment"), _GLUE),
-    "sst2": Task("sentence", ("negative", "positive"), _GLUE),
-    "mrpc": Task("sentence1 sentence2", ("not_equivalent", "equivalent"), _GLUE, "binary_f1"),
-    "boolq": Task("question passage", ("False", "True"), _SUPER),
-    "cb": Task("hypothesis premise", ("entailment", "contradiction", "neutral"), _SUPER, "mean_f1"),
-    "copa": Task("choice1 choice2 premise question", ("choice1", "choice2"), _SUPER),
-    "wic": Task("word sentence1 sentence2", ("False", "True"), _SUPER),
+    "rte": Task("sentence1 sentence2", ("entailment", "not_entailment"), GLUE),
+    "sst2": Task("sentence", ("negative", "positive"), GLUE),
+    "mrpc": Task("sentence1 sentence2", ("not_equivalent", "equivalent"), GLUE, "binary_f1"),
+    "boolq": Task("question passage", ("False", "True"), SUPER),
+    "cb": Task("hypothesis premise", ("entailment", "contradiction", "neutral"), SUPER, "macro_f1"),
+    "copa": Task("choice1 choice2 premise question", ("choice1", "choice2"), SUPER),
+    "wic": Task("word sentence1 sentence2", ("False", "True"), SUPER),
 }
 
 
-class Example(NamedTuple):
-    """An input, and every text that counts as right; the first of them is learned."""
-
-    source: str
-    answers: tuple[str, ...]
+Example = tuple[str, tuple[str, ...]]  # a source; texts that count as right, the first is learned
 
 
 def load_data(name: str, dev: int, limit: int = 0):
@@ -580,11 +572,11 @@ def load_data(name: str, dev: int, limit: int = 0):
     if name not in TASKS and not os.path.isdir(name):
         raise ValueError(f"unknown task {name!r}: use a folder, or {', '.join(TASKS)}")
     task, train, validation = load_hub(name) if name in TASKS else load_folder(Path(name))
-    sources = list(dict.fromkeys(example.source for example in train))
-    order = torch.randperm(len(sources), generator=rng("dev")).tolist()
-    held = {sources[i] for i in order[:min(dev, len(sources) // 5)]}
-    return (task, [example for example in train if example.source not in held],
-            list({e.source: e for e in train if e.source in held}.values()), validation[:limit or None])
+    mixed = functools.partial(sorted, key=lambda row: zlib.crc32(row[0].encode()))  # by no meaning
+    sources = dict(mixed(train))  # ReCoRD repeats some
+    held = dict(itertools.islice(sources.items(), max(1, min(dev, len(sources) // 5))))
+    train = [(source, answers) for source, answers in train if source not in held]
+    return task, train, [*held.items()], mixed(validation)[:limit] if limit else validation
 
 
 def load_hub(name: str):
@@ -611,15 +603,16 @@ def hub_examples(task: Task, row: dict) -> list[Example]:
     if task.labels:
         answers = [dict(enumerate(task.labels))[row["label"]]]  # no -1, which unlabelled rows carry
     elif "summary" in row:
-        return [Example(row["document"], (row["summary"],))]
+        return [(row["document"], (row["summary"],))]
     elif "entities" in row:
         answers, texts["entities"] = row["answers"], ", ".join(row["entities"])
-        texts["passage"] = row["passage"].replace("\n@highlight\n", " ")  # its bullet points
+        stops = re.sub(r"(?<![.?!\"'])(?=\n@highlight\n|\Z)", ".", row["passage"])  # bullet points
+        texts["passage"] = stops.replace("\n@highlight\n", " ")
     else:
         answers = row["answers"]["text"] or ["no answer"]  # SQuAD 2.0
     source = " ".join(f"{name}: {text}" for name, text in texts.items())
     learned = dict.fromkeys(answers if "entities" in row else answers[:1])
-    return [Example(source, tuple(dict.fromkeys([text, *answers]))) for text in learned]
+    return [(source, tuple(dict.fromkeys([text, *answers]))) for text in learned]
 
 
 def load_folder(folder: Path):
@@ -630,16 +623,16 @@ def load_folder(folder: Path):
     may be a list: the first is learned, any is right.
     """
     clean = functools.partial(unicodedata.normalize, "NFC")  # é in one way; TypeError for a number
-    place, splits = folder / "task.json", {"train.jsonl": [], "validation.jsonl": []}
+    place = folder / "task.json"
+    splits = {folder / f"{name}.jsonl": [] for name in ("train", "validation")}
     try:
         found = json.loads(place.read_text("utf-8-sig"))  # -sig: Excel and Notepad mark the start
         task = Task(**{"prefix": "", **found, "labels": tuple(map(clean, found.get("labels", ())))})
         if task.metric not in METRICS:
             raise ValueError(f"metric is one of {', '.join(METRICS)}")
-        for name, examples in splits.items():
-            lines = (folder / name).read_text("utf-8-sig").strip().split("\n")
-            for number, line in enumerate(lines, 1):
-                place = f"{folder / name}, line {number}, {line[:80]!r}"
+        for path, examples in splits.items():
+            for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
+                place = f"{path}, line {number}, {line[:80]!r}"
                 row = json.loads(line)
                 answers = row["target"] if isinstance(row["target"], list) else [row["target"]]
                 source, *answers = map(clean, (row["source"], *answers))
@@ -647,7 +640,7 @@ def load_folder(folder: Path):
                     raise ValueError("source or target is empty")
                 if task.labels and answers[0] not in task.labels:
                     raise ValueError(f"target {answers[0]!r} is none of the labels {task.labels}")
-                examples.append(Example(source, tuple(answers)))
+                examples.append((source, tuple(answers)))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{place}: {error!r}; each line is one JSON object") from None
     return task, *splits.values()
@@ -660,9 +653,9 @@ def load_model(name: str, device, precision: str):
 
     transformers.logging.set_verbosity_error()  # its warning on untied T5 heads advises wrongly
     transformers.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(  # no dropout, as in the paper
+        name, trust_remote_code=False, dropout_rate=0.0, return_dict=True)
     check_t5(config)
-    config.dropout_rate = 0.0  # as in the paper; checkpointing needs train mode
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
         name, config=config, trust_remote_code=False, output_loading_info=True,
@@ -670,8 +663,9 @@ def load_model(name: str, device, precision: str):
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:  # transformers draws them at random, and says so in a warning
         raise ValueError(f"config and weights of {name} do not fit: see {wrong[0]}")
-    ids = {key: getattr(config, key) for key in (
-        "decoder_start_token_id", "eos_token_id", "pad_token_id")}
+    if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
+        raise ValueError(f"the head of {name} is its embeddings: a resize overwrote it; reload it")
+    ids = {key: value for key, value in vars(config).items() if key.endswith("_token_id")}
     model.generation_config = transformers.GenerationConfig(**ids)  # greedy, whatever its file says
     return model.to(device).eval().requires_grad_(False), tokenizer
 
@@ -689,8 +683,8 @@ def encode(tokenizer, task: Task, max_source: int, examples) -> list[tuple[list,
 
     Labels are never cut, or two of them might become one.
     """
-    sources = tokenizer([e.source for e in examples], truncation=True, max_length=max_source)
-    targets = tokenizer([task.prefix + e.answers[0] for e in examples],
+    sources = tokenizer([source for source, _ in examples], truncation=True, max_length=max_source)
+    targets = tokenizer([task.prefix + answers[0] for _, answers in examples],
                         truncation=not task.labels, max_length=task.max_target)
     return list(zip(sources.input_ids, targets.input_ids))
 
@@ -707,10 +701,7 @@ def collate(rows) -> dict[str, Tensor]:
 
 def rng(*key):
     """A CPU generator that depends on `key` alone, so that no draw can shift another one."""
-    import hashlib
-
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def batches(examples, encode, seed: int, size: int, pool: int = 200):
@@ -721,40 +712,37 @@ def batches(examples, encode, seed: int, size: int, pool: int = 200):
     example twice in a pass; what does not fill a batch at its end is left out, another part each
     time. `encode` turns examples into ids, when their pool is drawn.
     """
-    n = len(examples)
-    pool = max(1, min(pool, n // size))  # of more than a pass, copies of an example would meet
-
-    @functools.lru_cache(maxsize=2)
-    def shuffled(epoch):
-        return torch.randperm(n, generator=rng(seed, "epoch", epoch)).tolist()
+    per_pass = len(examples) // size
 
     @functools.lru_cache(maxsize=1)
-    def drawn(number):
-        places = range(number * pool * size, (number + 1) * pool * size)  # in an endless pass
-        rows = encode([examples[shuffled(place // n)[place % n]] for place in places])
-        rows.sort(key=lambda row: len(row[0]))  # by characters a quarter would be padding
-        order = torch.randperm(pool, generator=rng(seed, "pool", number)).tolist()
-        return [rows[k * size:(k + 1) * size] for k in order]
+    def drawn(number, first):  # of a pass, the pool that begins with its batch `first`
+        order = torch.randperm(len(examples), generator=rng(seed, "pass", number))
+        chosen = order[first * size:min(first + pool, per_pass) * size]
+        rows = sorted(encode([examples[i] for i in chosen]), key=lambda row: len(row[0]))
+        mixed = torch.randperm(len(rows) // size, generator=rng(seed, "pool", number, first))
+        return [rows[k * size:(k + 1) * size] for k in mixed]
 
-    return lambda step: collate(drawn((step - 1) // pool)[(step - 1) % pool])
+    def batch_at(step):
+        number, place = divmod(step - 1, per_pass)
+        return collate(drawn(number, place - place % pool)[place % pool])
+    return batch_at
 
 
 def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> None:
     """Say, before the first update, what makes the scores mean less than they seem to."""
-    words = squad_words if task.metric == "squad" else str.split
-    known = {e.source for e in (*train, *dev)}
-    rows = [(e, tokenizer(e.source).input_ids, tokenizer(task.prefix + e.answers[0]).input_ids)
-            for e in (*train[::len(train) // 1000 + 1], *dev, *validation)]
-    long = math.inf if task.labels else task.max_target
-    found = {
-        "are cut": [e for e, *ids in rows if len(ids[0]) > max_source or len(ids[1]) > long],
-        "have unknown tokens": [e for e, *ids in rows if tokenizer.unk_token_id in sum(ids, [])],
-        "are nothing to the metric": [e for e, *_ in rows if not all(map(words, e.answers))],
-        "of validation are in train": [e for e in validation if e.source in known],
-        "are labels that train lacks": [*{*task.labels} - {e.answers[0] for e in train}]}
-    for what, cases in found.items():
-        if cases:
-            print(f"warning: {len(cases)} {what} (of {len(rows)} examples), as {cases[0]}")
+    rows = [(source, answers, tokenizer(source).input_ids, tokenizer(answers[0]).input_ids)
+            for source, answers in (*train[::len(train) // 1000 + 1], *dev, *validation)]
+    long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
+    known, words = {*dict(train), *dict(dev)}, squad_words if task.metric == "squad" else str.split
+    seen = {answers[0] for _, answers in train}
+    for what, found in {
+            "are cut": [row for row in rows if len(row[2]) > max_source or len(row[3]) > long],
+            "have tokens unknown to the model": [row for row in rows if unknown in row[2] + row[3]],
+            "have answers without words": [row for row in rows if not all(map(words, row[1]))],
+            "of validation are in train": [row for row in validation if row[0] in known],
+            "lack in train": [(label,) for label in task.labels if label not in seen]}.items():
+        if found:
+            print(f"warning: {len(found)} of {len(rows)} examples {what}, as {found[0][:2]}")
 
 
 # ====== 7 Evaluate ================================================================================
@@ -762,8 +750,8 @@ def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> No
 
 def accuracy(predictions, examples, labels) -> dict[str, float]:
     """Percent of texts that are a right answer, but for white space around."""
-    right = (text.strip() in map(str.strip, e.answers) for text, e in zip(predictions, examples))
-    return {"accuracy": 100 * sum(right) / len(examples)}
+    right = [text.strip() in map(str.strip, row[1]) for text, row in zip(predictions, examples)]
+    return {"accuracy": 100 * sum(right) / len(right)}
 
 
 def f1(average: str, predictions, examples, labels) -> dict[str, float]:
@@ -771,7 +759,7 @@ def f1(average: str, predictions, examples, labels) -> dict[str, float]:
     from sklearn.metrics import f1_score
 
     which = {"pos_label": labels[1]} if average == "binary" else {}
-    score = f1_score([e.answers[0] for e in examples], predictions, average=average, **which)
+    score = f1_score([row[1][0] for row in examples], predictions, average=average, **which)
     name = " of ".join(["f1", *which.values()])
     return accuracy(predictions, examples, labels) | {name: 100 * score}
 
@@ -794,7 +782,7 @@ def squad(predictions, examples, labels) -> dict[str, float]:
         return [text for text in words if text not in ("", "no answer")] or [""]
 
     found = [{"prediction_text": texts([text])[0], "id": i} for i, text in enumerate(predictions)]
-    gold = [{"answers": {"text": texts(e.answers)}, "id": i} for i, e in enumerate(examples)]
+    gold = [{"answers": {"text": texts(row[1])}, "id": i} for i, row in enumerate(examples)]
     return {key: float(value) for key, value in score(found, gold).items()}
 
 
@@ -806,14 +794,14 @@ def rouge_l(predictions, examples, labels) -> dict[str, float]:
     """
     from torchmetrics.functional.text import rouge_score
 
-    gold = [list(e.answers) for e in examples]
+    gold = [list(answers) for _, answers in examples]
     scores = rouge_score(predictions, gold, "best", rouge_keys="rougeL", normalizer=lambda text: (
         re.sub(r"[\W_\u00aa-\u024f]+", " ", text.lower())))
     return {"rouge_l": 100 * float(scores["rougeL_fmeasure"])}
 
 
 METRICS = {"accuracy": accuracy, "binary_f1": functools.partial(f1, "binary"), "squad": squad,
-           "mean_f1": functools.partial(f1, "macro"), "rouge_l": rouge_l}
+           "macro_f1": functools.partial(f1, "macro"), "rouge_l": rouge_l}
 
 
 def main_score(scores: dict[str, float]) -> float:
@@ -836,26 +824,20 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config)
         batch = collate([rows[i] for i in chosen])
         embeds = model.get_input_embeddings()(batch["input_ids"].to(model.device))  # [B, T, d]
         embeds, mask = prompt(embeds, batch["attention_mask"].to(model.device))  # [B, P+T, d]
-        if task.labels:
-            likelihood = label_likelihood(model, embeds, mask, labels)  # [B, C]
-            texts = [task.labels[i] for i in likelihood.argmax(1).tolist()]
+        if task.labels:  # one at a time: the logits of C labels at once are C times [B, S, V]
+            source = model.encoder(inputs_embeds=embeds, attention_mask=mask)  # [B, P+T, d], once
+            targets = [torch.tensor([ids] * len(chosen), device=mask.device) for ids in labels]
+            losses = [token_losses(model, mask, target, encoder_outputs=source).sum(1)
+                      for target in targets]  # C of [B]
+            texts = [task.labels[i] for i in torch.stack(losses).argmin(0).tolist()]
         else:
             ids = model.generate(inputs_embeds=embeds, attention_mask=mask,
                                  max_new_tokens=task.max_target)
             texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
             texts = [text.strip().removeprefix(task.prefix.strip()).strip() for text in texts]
         found += zip(chosen, texts)
-    predictions = [text for _, text in sorted(gather_object(found))]
+    predictions = [text for _, text in sorted(utils.gather_object(found))]
     return METRICS[task.metric](predictions, examples, task.labels), predictions
-
-
-def label_likelihood(model, embeds: Tensor, mask: Tensor, labels: list[list[int]]) -> Tensor:
-    """Log-likelihood [B, C] of C labels' token ids; the source is encoded once for all of them."""
-    source = model.encoder(inputs_embeds=embeds, attention_mask=mask)  # [B, P+T, d]
-    rows = [torch.tensor([ids] * len(embeds), device=mask.device) for ids in labels]  # C of [B, S]
-    # One at a time: the logits of C labels at once are C times [B, S, V].
-    losses = [token_losses(model, mask, row, encoder_outputs=source).sum(1) for row in rows]
-    return -torch.stack(losses, 1)
 
 
 # ====== 8 Record and compare ======================================================================
@@ -866,8 +848,7 @@ SIGNALS = []  # Ctrl-C or SIGTERM, as they came
 def note(number, _) -> None:
     """Handle a signal: `tune` looks for it after each update. The second one ends at once."""
     SIGNALS.append(number)
-    if len(SIGNALS) > 1:
-        raise KeyboardInterrupt
+    signal.signal(number, signal.default_int_handler)
 
 
 def write(path: Path, rows) -> None:
@@ -889,28 +870,24 @@ def tune(model, tokenizer, data, config, name: str, seed: int, start: Tensor, fo
     (task, examples, dev, validation), schedule, scores = data, parse_schedule(name), None
     ids, run = functools.partial(encode, tokenizer, task, config.max_source), new_run()
     if any(stage.width < 1 for stage in schedule):
-        drawn = torch.randperm(len(examples), generator=rng(seed, "scores"))[:config.score_examples]
-        rows = sorted(ids([examples[i] for i in drawn]), key=lambda row: len(row[0]))
-        parts = [collate(rows[i:i + config.batch]) for i in range(0, len(rows), config.batch)]
+        drawn = batches(examples, ids, f"scores {seed}", config.batch, pool=1)  # 1: of all lengths
+        parts = [drawn(i + 1) for i in range(math.ceil(config.score_examples / config.batch))]
         run = new_run(sum(step_flops(model, *padded_shape(start, part), False) for part in parts))
-        scores = broadcast(neuron_scores(model, start, parts))  # alike everywhere, to the last tie
+        scores = utils.broadcast(neuron_scores(model, start, parts))  # ties are broken alike
     prompt = SoftPrompt(start).to(model.device)
     optimizer = adafactor(prompt, config.lr)
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", model.device, weights_only=True)
         run, prompt.weight.data = state["run"], state["prompt"]
         optimizer.load_state_dict(state["optimizer"])
-    model = absorbed(model)
     updates = train(
         model, prompt, optimizer, schedule, batches(examples, ids, seed, config.batch),
         lambda *which: evaluate(*which, tokenizer, task, dev, config)[0], run, config.steps,
         config.eval_every, scores, decoder=not task.labels, parts=config.accumulate)
-    for run in tqdm(updates, name, config.steps, initial=run["step"], disable=None):
-        stop = reduce(torch.tensor(len(SIGNALS), device=model.device), "sum").item()
+    for run in tqdm(updates, "", config.steps, file=sys.stdout, initial=run["step"], disable=None):
+        stop = utils.reduce(torch.tensor(len(SIGNALS), device=model.device), "sum").item()
         if not run["losses"]:  # there was an evaluation
-            row = run["log"][-1]
-            tqdm.write(f"update {row['step']}, stage {row['stage']}: loss {row['loss']:.4f}, dev "
-                       f"{row['dev']}, FLOPs {row['flops'] / row['pt_flops']:.3f} of pt")
+            tqdm.write("update {step} stage {stage} loss {loss:.4f} {dev}".format(**run["log"][-1]))
         if (stop or not run["losses"]) and PartialState().is_main_process:
             state = {"run": run, "prompt": prompt.weight.data, "optimizer": optimizer.state_dict()}
             torch.save(state, folder / "state.tmp")
@@ -919,25 +896,26 @@ def tune(model, tokenizer, data, config, name: str, seed: int, start: Tensor, fo
         if stop:
             raise KeyboardInterrupt
     final = partial_t5(model, *schedule[-1][:2], scores, not task.labels)
-    return run, *evaluate(final, SoftPrompt(run["best"][2]), tokenizer, task, validation, config)
+    found = evaluate(final, SoftPrompt(run["best"][2]), tokenizer, task, validation, config)
+    return {"schedule": name, "seed": seed, **run}, *found
 
 
-def conclude(run, scores, texts, task: Task, validation, config, folder: Path) -> None:
+def conclude(run, scores, texts, task: Task, validation, config, folder: Path) -> dict:
     """Print and keep what `tune` returned, and say what makes it mean less than it seems to."""
     dev, best_step, best = run.pop("best")
-    common = statistics.mode(e.answers[0] for e in validation)
+    common = statistics.mode(answers[0] for _, answers in validation)
     usual = main_score(METRICS[task.metric]([common] * len(texts), validation, task.labels))
-    print(f"validation {scores} ({len(texts)} examples, prompt of update {best_step}; always the "
-          f"most frequent answer: {usual:.2f})")
+    print(f"validation {scores}, with the prompt of update {best_step}; always the most frequent "
+          f"answer: {usual:.2f}. Training FLOPs: {run['flops'] / run['pt_flops']:.3f} of pt")
     if len(set(texts)) == 1 and main_score(scores) <= usual < 100:
         print("warning: every prediction is the same text; nothing has been learned")
+    run |= {"dev": dev, "best_step": best_step, "validation": scores}
     if PartialState().is_main_process:
         save_prompt(folder / "prompt", best, config.model)
-        rows = ({**e._asdict(), "prediction": text} for e, text in zip(validation, texts))
-        write(folder / "predictions.jsonl", rows)
-        run |= {"dev": dev, "best_step": best_step, "validation": scores}
+        write(folder / "predictions.jsonl", zip(*zip(*validation), texts))
         write(folder / "results.json", [run])
         (folder / "state.pt").unlink()
+    return run
 
 
 def compare(runs: list[dict]):
@@ -951,7 +929,7 @@ def compare(runs: list[dict]):
     """
     import pandas
 
-    def first(run, wanted, key, least):
+    def at(run, wanted, key, least):  # the first evaluation at which `key` is that much
         return next((row[wanted] for row in run["log"] if row[key] >= least), math.nan)
 
     rows, plain = [], {run["seed"]: run for run in runs if run["schedule"] == "pt"}
@@ -960,10 +938,10 @@ def compare(runs: list[dict]):
         if run["seed"] in plain:
             pt, row = plain[run["seed"]], rows[-1]
             row |= {key: 100 * run[key] / pt[key] for key in ("flops", "seconds")}
-            row["pt, same flops"] = first(pt, "best", "flops", run["flops"])
+            row["pt, same flops"] = at(pt, "best", "flops", run["flops"])
             row["gain"] = row["dev"] - row["pt, same flops"]
-            row["full alone"] = first(pt, "best", "step", run["full_steps"] or math.inf)
-            own, its = (first(x, "flops", "best", 0.99 * pt["log"][-1]["best"]) for x in (run, pt))
+            row["full alone"] = at(pt, "best", "step", run["full_steps"] or math.inf)
+            own, its = (at(one, "flops", "best", 0.99 * pt["log"][-1]["best"]) for one in (run, pt))
             row["to 99 %"] = 100 * own / its
     return pandas.DataFrame(rows, index=[run["schedule"] for run in runs])
 
@@ -972,13 +950,13 @@ def table(runs: list[dict]) -> str:
     """`compare` as text: mean ± standard deviation over seeds, NaN if it is that for one of them;
     from three seeds on the 95 % interval of the gain (Student's t).
     """
-    from scipy.stats import sem, t
+    from scipy import stats
 
     groups = compare(runs).groupby(level=0, sort=False)
-    cells = groups.agg(lambda column: f"{column.mean(skipna=False):.1f} ± {column.std():.1f}")
+    cells = groups.agg(lambda row: f"{row.mean(skipna=False):.1f} ± {row.std(skipna=False):.1f}")
     for name, gain in groups["gain"] if "gain" in cells else ():
-        if len(gain) > 2:
-            bounds = t.interval(0.95, len(gain) - 1, gain.mean(), sem(gain))
+        if len(gain) > 2 and name != "pt":
+            bounds = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
             cells.loc[name, "gain"] += " [{:.1f}, {:.1f}]".format(*bounds)
     return cells.to_string().replace(" ± nan", "      ")
 
@@ -989,11 +967,11 @@ def figure(runs: list[dict]):
 
     plot = Figure(layout="constrained")
     axes = plot.subplots(subplot_kw={"xlabel": "training FLOPs", "ylabel": "best dev score so far"})
-    for i, name in enumerate(dict.fromkeys(run["schedule"] for run in runs)):
+    names = dict.fromkeys(run["schedule"] for run in runs)
+    for name, style in zip(names, itertools.cycle(("--", "-", "-.", ":"))):  # told apart in grey
         logs = [run["log"] for run in runs if run["schedule"] == name]
         means = [[statistics.mean(row[key] for row in rows) for key in ("flops", "best")]
                  for rows in zip(*logs)]  # [evaluations, 2]
-        style = ("--", "-", "-.", ":")[i % 4]  # told apart in grey
         axes.plot(*zip(*means), style, color="black", label=f"{name}, mean of {len(logs)}")
     axes.legend(loc="lower right")
     return plot
@@ -1008,15 +986,12 @@ def ask_hub() -> None:
     The libraries retry for 24 to 48 s a file, even for files they have. They read HF_HUB_OFFLINE
     when they are imported, so this comes first.
     """
-    import urllib.request
-
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(hub, timeout=5).close()
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
     except OSError as error:
         if not hasattr(error, "code"):  # an error page is an answer too
             os.environ["HF_HUB_OFFLINE"] = "1"
-            print(f"{hub} does not answer: only what is in the cache, or in folders, can be used")
+            print("The hub does not answer: only what is in the cache, or in folders, can be used")
 
 
 def open_folder(config, model, data) -> Path:
@@ -1024,21 +999,20 @@ def open_folder(config, model, data) -> Path:
     if a new one is there already: nothing is overwritten.
     """
     weights = [row.flatten()[::row.numel() // 64 + 1].tolist() for row in model.parameters()]
-    settings = vars(config) | {"weights": zlib.crc32(repr(weights).encode()),
-                               "data": zlib.crc32(repr(data).encode())}
+    settings = vars(config) | {
+        "model or data": zlib.crc32(repr((weights, data)).encode()),
+        "versions": [torch.__version__, sys.modules["transformers"].__version__]}
     if config.resume:
         saved = json.loads(Path(config.resume, "settings.json").read_text("utf-8"))
         other = [key for key in saved.keys() - FREE if settings[key] != saved[key]]
         if other:
             raise ValueError(f"--resume: {config.resume} was begun with another {', '.join(other)}")
         return Path(config.resume)
-    out = config.out.replace("TIME", time.strftime("%Y-%m-%d_%H%M%S"))
-    out = Path(gather_object([out])[0])  # of the first process: clocks differ
+    out = Path(config.out.replace("TIME", time.strftime("%Y-%m-%d_%H%M%S")))
     if PartialState().is_main_process:
         out.mkdir(parents=True)
-        settings["versions"] = torch.__version__, sys.modules["transformers"].__version__
         write(out / "settings.json", [settings])
-    return out
+    return utils.gather_object([out])[0]  # of the first process: clocks differ
 
 
 def prepare(config):
@@ -1050,8 +1024,7 @@ def prepare(config):
     state = PartialState(cpu=config.device == "cpu" or not gpu)
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")
-    device = state.device if config.device == "auto" else config.device
-    device = torch.zeros(1, device=device).device  # fails here if there is none
+    device = torch.zeros(1, device=config.device.replace("auto", str(state.device))).device
     torch.set_num_threads(config.threads or torch.get_num_threads())
     list(map(parse_schedule, config.schedule))
     if config.task in TASKS or not os.path.isdir(config.model):
@@ -1060,16 +1033,14 @@ def prepare(config):
     if not state.num_processes * config.accumulate <= config.batch <= len(data[1]):
         raise ValueError("--batch must be at most the train examples, at least processes x parts")
     model, tokenizer = load_model(config.model, device, config.precision)
-    label_ids(tokenizer, data[0])
-    words = sum((tokenizer(label).input_ids[:-1] for label in data[0].labels), [])
-    embeddings = model.get_input_embeddings().weight
-    starts = {seed: init_prompt(config.init, config.prompt_length, embeddings,
+    words = sum((ids[:-1] for ids in label_ids(tokenizer, data[0]._replace(prefix=""))), [])
+    starts = {seed: init_prompt(config.init, config.prompt_length, model.shared.weight,
                                 rng(seed, "prompt"), words) for seed in config.seed}
     if config.checkpointing:
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # the embeddings' gradient is nobody's
         model.train()  # it works in train mode alone; there is no dropout (`load_model`)
-    return model, tokenizer, data, starts, open_folder(config, model, data)
+    return absorbed(model), tokenizer, data, starts, open_folder(config, model, data)
 
 
 def main(argv=None) -> list[dict]:
@@ -1089,11 +1060,12 @@ def main(argv=None) -> list[dict]:
         for seed, name in itertools.product(config.seed, config.schedule):
             folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
             folder.mkdir(exist_ok=True)
-            if not (folder / "results.json").exists():
+            print(f"\n{name}, seed {seed}")
+            if (folder / "results.json").exists():
+                runs.append(json.loads((folder / "results.json").read_text("utf-8")))
+            else:
                 ended = tune(model, tokenizer, data, config, name, seed, starts[seed], folder)
-                conclude(*ended, data[0], data[3], config, folder)
-            results = json.loads((folder / "results.json").read_text("utf-8"))
-            runs.append({"schedule": name, "seed": seed, **results})
+                runs.append(conclude(*ended, data[0], data[3], config, folder))
     except KeyboardInterrupt:
         print(f"fpt.py: stopped. To go on: --resume {out}, and no other flags", file=sys.stderr)
         raise SystemExit(128 + (SIGNALS or [signal.SIGINT])[0]) from None
@@ -1121,28 +1093,21 @@ class AbsorbedAttention(nn.Module):
     def __init__(self, attention):
         super().__init__()
         self.attention = attention  # a T5Attention; its weights are shared
-
-    def pays(self, target: int) -> bool:
-        """For a label. Nearer to d_kv the gain in FLOPs is eaten up by the smaller products."""
-        return 2 * target <= self.attention.key_value_proj_dim
+        # Tokens of the longest target: nearer to d_kv, smaller products eat up the gain in FLOPs.
+        self.longest = attention.key_value_proj_dim // 2
 
     def forward(self, hidden_states, mask=None, key_value_states=None, **how):
         """hidden_states [B, S, d], key_value_states [B, P+T, d] -> ([B, S, d], bias, None)."""
         own, target = self.attention, hidden_states.shape[1]
-        if how.get("cache") is not None or not self.pays(target):  # `generate` caches its keys
+        if how.get("cache") is not None or target > self.longest:  # `generate` caches its keys
             return own(hidden_states, mask=mask, key_value_states=key_value_states, **how)
         heads = own.n_heads, own.key_value_proj_dim
         keys, values = own.k.weight.view(*heads, -1), own.v.weight.view(*heads, -1)  # [H, d_kv, d]
         query = own.q(hidden_states).unflatten(2, heads)  # [B, S, H, d_kv]
         query = torch.einsum("bshk,hkd->bshd", query, keys).flatten(1, 2)  # [B, S*H, d]
         padding = None if mask is None else mask[:, 0, :1]  # [B, 1, P+T], alike for all queries
-        scores = query @ key_value_states.mT
-        row = padding
-        lowest = torch.finfo(scores.dtype).min
-        if row is not None:
-            scores = scores.masked_fill(~row, lowest) if row.dtype == torch.bool else scores + row
-        weights = scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-        mean = weights @ key_value_states
+        mean = nn.functional.scaled_dot_product_attention(
+            query, key_value_states, key_value_states, padding, scale=1.0)  # [B, S*H, d]
         mean = torch.einsum("bshd,hkd->bshk", mean.unflatten(1, (target, -1)), values)
         return own.o(mean.flatten(2)), how.get("position_bias"), None  # of [B, S, H*d_kv]
 
