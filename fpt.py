@@ -57,7 +57,9 @@ from typing import NamedTuple
 
 MICRO = Path(__file__).resolve().parent / "micro"  # a model and a task like any other, but small
 # What `python fpt.py` alone runs on them: offline, in two minutes. The command's own flags win.
-MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 20, "threads": 1}
+MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 25, "dev": 250,
+             "threads": 1}
+# What may differ when a command goes on (--resume): how it computes and where, not what.
 FREE = {"accumulate", "checkpointing", "device", "threads", "out", "resume", "versions"}
 
 
@@ -369,9 +371,9 @@ def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=
     """An initial prompt [P, d] from the embedding matrix [V, d].
 
     uniform: U(-1/sqrt(d), 1/sqrt(d)), the paper's. vocab: rows of `length` different tokens, drawn
-    from the `common` most frequent (T5's vocabulary is sorted so; 0-2 are pad, eos, unk). labels:
-    the rows of `first_ids`, then as vocab (Lester et al. 2021). Else `how` is the folder of a saved
-    prompt. ValueError if it cannot be made.
+    from the `common` most frequent (T5's vocabulary is sorted so; 0-2 are pad, eos, unk), or all if
+    there are fewer. labels: the rows of `first_ids`, then as vocab (Lester et al. 2021). Else `how`
+    is the folder of a saved prompt; ValueError if that is of another width.
     `generator` (CPU) is the prompt's own, so every schedule of a seed starts from the same prompt.
     Official: the partial model draws random numbers before the prompt does, so starts differ.
     """
@@ -471,9 +473,10 @@ def padded_shape(prompt: Tensor, batch: dict[str, Tensor]) -> tuple[int, int, in
 def new_run(flops: int = 0) -> dict:
     """How far a run has come: with prompt and optimiser's state, all that it goes on from.
 
-    step: updates made. flops: what they and (the argument) scoring the neurons cost; pt_flops: what
-    plain prompt tuning pays for the same batches. seconds: of the updates. losses: since the last
-    evaluation. log: a row for each evaluation. best: dev scores, update and prompt [P, d].
+    step: updates made; full_steps: of these on the full model. flops: what they, and (the argument)
+    scoring the neurons, cost; pt_flops: what plain prompt tuning pays for the same batches. seconds:
+    of the updates. losses: since the last evaluation. log: a row for each evaluation. best: dev
+    scores, update, and prompt [P, d], of the evaluation with the highest score.
     """
     return {"step": 0, "full_steps": 0, "flops": flops, "pt_flops": 0, "seconds": 0.0, "losses": [],
             "log": [], "best": ()}
@@ -734,15 +737,14 @@ def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> No
             for source, answers in (*train[::len(train) // 1000 + 1], *dev, *validation)]
     long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
     known, words = {*dict(train), *dict(dev)}, squad_words if task.metric == "squad" else str.split
-    seen = {answers[0] for _, answers in train}
     for what, found in {
             "are cut": [row for row in rows if len(row[2]) > max_source or len(row[3]) > long],
-            "have tokens unknown to the model": [row for row in rows if unknown in row[2] + row[3]],
-            "have answers without words": [row for row in rows if not all(map(words, row[1]))],
-            "of validation are in train": [row for row in validation if row[0] in known],
-            "lack in train": [(label,) for label in task.labels if label not in seen]}.items():
+            "have unknown tokens": [row for row in rows if unknown in row[2] + row[3]],
+            "have an answer without a word": [row for row in rows if not all(map(words, row[1]))],
+            "validation sources are in train": [row for row in validation if row[0] in known],
+            "labels are not in train": [*{*task.labels} - {row[1][0] for row in train}]}.items():
         if found:
-            print(f"warning: {len(found)} of {len(rows)} examples {what}, as {found[0][:2]}")
+            print(f"warning: {len(found)} {what} ({len(rows)} examples seen): {str(found[0])[:99]}")
 
 
 # ====== 7 Evaluate ================================================================================
@@ -758,10 +760,10 @@ def f1(average: str, predictions, examples, labels) -> dict[str, float]:
     """Accuracy, and F1 in percent: "binary", of the second label (GLUE's for QQP), or "macro"."""
     from sklearn.metrics import f1_score
 
-    which = {"pos_label": labels[1]} if average == "binary" else {}
-    score = f1_score([row[1][0] for row in examples], predictions, average=average, **which)
-    name = " of ".join(["f1", *which.values()])
-    return accuracy(predictions, examples, labels) | {name: 100 * score}
+    label = {"pos_label": labels[1]} if average == "binary" else {}
+    gold = [answers[0] for _, answers in examples]
+    score = 100 * f1_score(gold, predictions, average=average, zero_division=0, **label)
+    return accuracy(predictions, examples, labels) | {" of ".join(["f1", *label.values()]): score}
 
 
 def squad_words(text: str) -> list[str]:
@@ -1019,7 +1021,8 @@ def prepare(config):
     """-> model, tokenizer, data, {seed: initial prompt}, folder. What the user can mend is a
     ValueError, an OSError, or what torch raises for an absent device.
     """
-    # Without cpu=True accelerate takes processes without a GPU for runs of their own.
+    # torchrun starts one process for each GPU, or as many as one likes on a CPU. There, without
+    # cpu=True, accelerate would take each of them for a run of its own. Only the first is heard.
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     state = PartialState(cpu=config.device == "cpu" or not gpu)
     if not state.is_main_process:
@@ -1029,7 +1032,7 @@ def prepare(config):
     list(map(parse_schedule, config.schedule))
     if config.task in TASKS or not os.path.isdir(config.model):
         ask_hub()
-    data = load_data(config.task, config.dev, config.limit)  # first: offline it fails sooner
+    data = load_data(config.task, config.dev, config.limit)  # before the model: it fails sooner
     if not state.num_processes * config.accumulate <= config.batch <= len(data[1]):
         raise ValueError("--batch must be at most the train examples, at least processes x parts")
     model, tokenizer = load_model(config.model, device, config.precision)

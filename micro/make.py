@@ -1,6 +1,6 @@
-"""Make the offline default of fpt.py: a micro T5, pre-trained here, and a task it was never asked.
+"""Make what micro/ ships, model and task. Only who doubts the shipped model needs it.
 
-    python micro/make.py                           # micro/model and micro/rte, in 6 to 10 minutes
+    python micro/make.py                           # micro/model, micro/entailment; 6 to 10 minutes
     python micro/make.py --out /tmp/whole --whole  # the same without random sub-networks
     python micro/make.py --out /tmp/short --steps 500
     python micro/make.py --tasks /tmp/tasks        # five more tasks, in seconds, and no model
@@ -8,9 +8,9 @@
 What it is: a T5 of d_model 64, d_ff 256, 8 encoder and 2 decoder layers, 0.53 M parameters, for a
 made-up English of a hundred words. It is pre-trained as T5 v1.0 was, on span corruption and on
 eight tasks named by a prefix. Entailment is one of them, answered "entailment" or "not_entailment".
-The task that is shipped, micro/rte, asks for entailment without the prefix and for the answers
-"yes" and "no", which in pre-training answer another question. The model has the knowledge, and a
-prompt has to call it up: the situation of prompt tuning, small enough for a laptop.
+The task that is shipped, micro/entailment, asks it without the prefix and for the answers "yes" and
+"no", which in pre-training answer another question. The model has the knowledge, and a prompt has
+to call it up: the situation of prompt tuning, small enough for a laptop.
 
 What it is not: a model of language, or evidence about large models. And it is made to survive what
 FPT does to it: from 40 % of the steps on, a batch trains a random sub-network of the encoder
@@ -30,10 +30,12 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # fpt.py, for the accuracy of partial models
+sys.path.insert(0, str(HERE.parent))
+import fpt  # noqa: E402  for the accuracy of partial models
 
 # ====== The language ==============================================================================
 
@@ -179,10 +181,6 @@ def kind(rng):
 MIXTURE = {spans: 4, entailment: 8, wrong: 4, general: 2, second: 1, ask: 2, shared: 2, find: 1,
            kind: 1}  # examples of each, of 25
 SENTINELS = 10
-FLAGS = "--schedule pt cr --seed 0 1 --steps 400 --eval-every 20 --threads 1"  # of `python fpt.py`
-NOTE = ("micro/model was pre-trained with LayerDrop and its like for FFN neurons, to survive what "
-        "FPT does to it. Results on it show the method at work and forecast nothing for a large "
-        "T5.")
 VOCABULARY = ["<pad>", "</s>", "<unk>", *dict.fromkeys([
     *"a an in the sentence1: sentence2: word: yes no present absent none".split(),
     "not_entailment", *(task.__name__ for task in MIXTURE if task not in (spans, ask)), *SLOTS,
@@ -193,8 +191,6 @@ VOCABULARY = ["<pad>", "</s>", "<unk>", *dict.fromkeys([
 
 def new_model():
     """A T5 with random weights. No dropout: every batch is new, there is nothing to overfit."""
-    import transformers
-
     return transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=len(VOCABULARY), d_model=64, d_kv=16, num_heads=4, d_ff=256, num_layers=8,
         num_decoder_layers=2, dropout_rate=0.0, decoder_start_token_id=0))
@@ -203,7 +199,6 @@ def new_model():
 def new_tokenizer():
     """A word is a token, and </s> ends a text. `AutoTokenizer` loads it."""
     import tokenizers
-    import transformers
 
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(
         {word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
@@ -242,8 +237,7 @@ def encode(tokenizer, examples) -> dict[str, torch.Tensor]:
     sources, targets = (tokenizer(list(texts), padding=True, return_tensors="pt")
                         for texts in zip(*examples))
     labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)
-    return {"input_ids": sources.input_ids, "attention_mask": sources.attention_mask,
-            "labels": labels}
+    return {**sources, "labels": labels}
 
 
 def pretrain(model, tokenizer, steps: int, seed: int, whole: bool) -> None:
@@ -287,9 +281,9 @@ def exact(model, tokenizer, task, count: int = 500) -> float:
 # ====== The task that the model was never asked ===================================================
 
 
-def rte(count: int) -> list[tuple[str, str]]:
+def without_prefix(count: int) -> list[tuple[str, str]]:
     """Different examples of entailment with the answers yes and no, half of them each."""
-    rng, found = random.Random("rte"), {}
+    rng, found = random.Random("rte"), {}  # a seed like any other: with it the rows are the shipped
     while len(found) < count:
         (meaning, follows), answer = implied(rng), ("yes", "no")[len(found) % 2]
         if answer == "no":
@@ -348,12 +342,11 @@ def unasked(task, count: int) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def write_task(folder: Path, rows, validation: int, labels=("yes", "no"), flags=FLAGS) -> None:
-    """A task folder as fpt.py reads it, with the flags of a run and the note on its results."""
+def write_task(folder: Path, rows, labels) -> None:
+    """A task folder as fpt.py reads it; the first 1,000 rows are for validation."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.json").write_text(json.dumps(
-        {"labels": list(labels), "flags": flags, "note": NOTE}, indent=2) + "\n")
-    for name, part in ("validation", rows[:validation]), ("train", rows[validation:]):
+    (folder / "task.json").write_text(json.dumps({"labels": labels}, indent=2) + "\n")
+    for name, part in ("validation", rows[:1000]), ("train", rows[1000:]):
         (folder / f"{name}.jsonl").write_text("".join(
             json.dumps({"source": source, "target": target}) + "\n" for source, target in part))
 
@@ -369,19 +362,16 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.tasks:
         for task, labels in UNASKED.items():
-            write_task(args.tasks / task.__name__, unasked(task, 6000), 1000, labels, "")
+            write_task(args.tasks / task.__name__, unasked(task, 6000), labels)
         return
     if args.steps < 1:
         parser.error("--steps must be at least 1")
     if args.out.resolve() == HERE and args != parser.parse_args([]):
         parser.error("with other settings than the shipped ones, name another folder with --out")
-    import fpt
-    import transformers
-
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # the sum of two threads depends on how they share the work
     torch.manual_seed(args.seed)
-    write_task(args.out / "rte", rte(6000), validation=1000)
+    write_task(args.out / "entailment", without_prefix(6000), ["yes", "no"])
     model, tokenizer = new_model(), new_tokenizer()
     pretrain(model, tokenizer, args.steps, args.seed, args.whole)
     model.eval().save_pretrained(args.out / "model")
