@@ -474,9 +474,9 @@ def new_run(flops: int = 0) -> dict:
     """How far a run has come: with prompt and optimiser's state, all that it goes on from.
 
     step: updates made; full_steps: of these on the full model. flops: what they, and (the argument)
-    scoring the neurons, cost; pt_flops: what plain prompt tuning pays for the same batches. seconds:
-    of the updates. losses: since the last evaluation. log: a row for each evaluation. best: dev
-    scores, update, and prompt [P, d], of the evaluation with the highest score.
+    scoring the neurons, cost; pt_flops: what plain prompt tuning pays for the same batches.
+    seconds: of the updates. losses: since the last evaluation. log: a row for each evaluation.
+    best: dev scores, update, and prompt [P, d], of the evaluation with the highest score.
     """
     return {"step": 0, "full_steps": 0, "flops": flops, "pt_flops": 0, "seconds": 0.0, "losses": [],
             "log": [], "best": ()}

@@ -1,63 +1,56 @@
 """The study behind the tutorial's tables, on a micro model: python evidence/study.py --out FOLDER
 
-A cell is one run of `fpt.tune`: a task, a schedule, a seed, and at most one change to the method.
+A cell is one run of `fpt.main`: a task, a schedule, a seed, and at most one change to the method.
 Cells that FOLDER has are kept, so a stopped study goes on. What they say together goes to
-FOLDER/study.json; `--show study.json` prints the tables of one. All of it takes some three hours
-on two cores; --part and --seed take less.
+FOLDER/study.json. All of it takes some three hours on two cores; --part and --seed take less.
 
 table     prompt tuning on fixed partial models (the paper's Table 1), and the presets (Table 2)
 change    `cr` in half the updates, with one thing done otherwise, and without its partial stages
 transfer  every prompt of the part table on every partial model, and their cosines
 search    schedules, on tasks that are not reported elsewhere, seeds 0 to 2: what chose `fast`
+
+--show study.json prints the tables of a record, --draw FOLDER the figures of two.
 """
 
-import argparse
-import contextlib
-import functools
-import io
-import itertools
-import json
-import multiprocessing
-import os
-import shutil
-import sys
+import argparse, collections, contextlib, itertools, json, math  # noqa: E401
+import multiprocessing, re, shutil, sys, zlib  # noqa: E401
+from concurrent import futures
 from pathlib import Path
-from statistics import mean
+from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "micro")]
-os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
+import pandas, torch  # noqa: E401, E402
+from matplotlib.figure import Figure  # noqa: E402
+from scipy import stats  # noqa: E402
 
-import fpt  # noqa: E402
-import make  # noqa: E402
+import fpt, make  # noqa: E401, E402
 
-REPORTED, CHOOSING = ("slot", "present", "word", "told"), ("rte", "same")
+PARTS = ("table", "change", "transfer", "search")
+REPORTED, CHOOSING = ("slot", "present", "word", "told"), ("entailment", "same")
 SIZES = (0.25, 0.5, 0.75)
 FIXED = ("pt", *(f"{size:g}x1:1" for size in SIZES), *(f"1x{size:g}:1" for size in SIZES),
          *(f"{size:g}x{size:g}:1" for size in SIZES))
-PRESETS = ("ld", "fr", "cr", "fast")
-SETTINGS = {"steps": 600, "eval_every": 20, "dev": 200, "limit": 500, "threads": 1,
-            "device": "cpu"}
-SHORT = 300  # updates of the part change: after 600 most tasks are solved, whatever one changes
+COMPOUND, PRESETS = [*FIXED[-3:], "pt"], ["ld", "fr", "cr", "fast"]
+SEARCH = ("pt", "ld", "fr", "cr", *(f"{small:g}x{small:g}:{share:g},1x1:{1 - share:g}"
+                                    for small in (0.25, 0.5) for share in (0.6, 0.8, 0.9)),
+          "0.25x0.25:0.4,0.5x0.5:0.4,1x1:0.2", "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.2,1x1:0.2",
+          "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.3,1x1:0.1")
 
 # ====== One change at a time ======================================================================
+
+SCORES, TRAIN = fpt.neuron_scores, fpt.train
 
 
 def nested(total: int, keep: int) -> list[int]:
     """Each set contains the smaller ones: layers are added where the widest gap is."""
     kept = [0, total - 1][:keep]
     while len(kept) < keep:
-        gaps = [(b - a, -a) for a, b in itertools.pairwise(kept)]
-        width, start = max(gaps)
+        width, start = max((b - a, -a) for a, b in itertools.pairwise(kept))
         kept = sorted([*kept, -start + width // 2])
     return kept
-
-
-def first(total: int, keep: int) -> list[int]:
-    """The lowest layers."""
-    return list(range(keep))
 
 
 def random_layers(seed: int):
@@ -68,104 +61,48 @@ def random_layers(seed: int):
     return rule
 
 
-def by_output(model, prompt, batches):
-    """Activation times the norm of what the neuron writes: its column of `wo`."""
-    scores = SCORES(model, prompt, batches)
-    return {side: [row * block.layer[-1].DenseReluDense.wo.weight.norm(dim=0) for row, block in
-                   zip(rows, getattr(model, side).block)] for side, rows in scores.items()}
-
-
-def at_random(model, prompt, batches):
+def random_neurons(model, prompt, batches):
     """Neurons in a random order, another for each prompt."""
     generator = fpt.rng(prompt.sum().item(), "neurons")
     return {side: [torch.rand(len(row), generator=generator) for row in rows]
             for side, rows in SCORES(model, prompt, batches).items()}
 
 
-def at_growth(change):
-    """`fpt.update`, with `change(optimizer, age)` before it: `age` updates since the growth."""
-    seen = {"model": None, "age": 0, "grown": False}
-
-    def update(partial, full, prompt, optimizer, *rest):
-        if partial is not seen["model"]:
-            seen.update(model=partial, age=0, grown=seen["model"] is not None)
-        if seen["grown"]:
-            change(optimizer, seen["age"])
-        seen["age"] += 1
-        UPDATE(partial, full, prompt, optimizer, *rest)
-    return update
+def forgetful(*args, **more):
+    """`fpt.train` with an optimiser that forgets, at each growth, the smaller model's gradients."""
+    optimizer, schedule, steps = args[2], args[3], args[7]
+    for run in TRAIN(*args, **more):
+        yield run
+        stage, coming = (fpt.stage_at(schedule, run["step"] + i, steps) for i in (0, 1))
+        if coming > stage:
+            optimizer.state.clear()
 
 
-def reset(optimizer, age):
-    """The optimiser forgets what it knows of the smaller model's gradients."""
-    if age == 0:
-        optimizer.state.clear()
+class Change(NamedTuple):
+    """A schedule, its share of the updates, flags, and what of fpt is replaced, from the seed."""
+
+    schedule: str = "cr"
+    share: float = 1.0
+    flags: tuple[str, ...] = ()
+    replaced: dict = {}
 
 
-def warm(optimizer, age):
-    """The rate goes up over 20 updates."""
-    optimizer.param_groups[0]["lr"] = fpt.Config.lr * min(1, (age + 1) / 20)
-
-
-@functools.cache
-def by_loss(seed, window: int = 10, least: float = 0.05):
-    """`stage_at` and `update` for stages that end when their training loss stops falling.
-
-    That is when the mean loss of ten updates is not 5 % below the lowest before it; at the latest
-    where the schedule says. It costs nothing: the dev part is not asked.
-    """
-    seen = {"stage": 0, "losses": []}
-
-    def stage_at(schedule, step, steps):
-        if step == 1:
-            seen.update(stage=0, losses=[])
-        means = [mean(seen["losses"][i:i + window]) for i in range(0, len(seen["losses"]), window)]
-        full = len(seen["losses"]) % window == 0 and len(means) > 1
-        late = len(seen["losses"]) >= schedule[seen["stage"]].share * steps
-        if seen["stage"] < len(schedule) - 1 and (
-                late or full and means[-1] > (1 - least) * min(means[:-1])):
-            seen.update(stage=seen["stage"] + 1, losses=[])
-        return seen["stage"]
-
-    def update(partial, full, prompt, optimizer, batch, config, run, folder):
-        UPDATE(partial, full, prompt, optimizer, batch, config, run, folder)
-        seen["losses"].append(run.losses[-1])
-    return stage_at, update
-
-
-SCORES, UPDATE = fpt.neuron_scores, fpt.update
-CHANGES = {  # name: (what of fpt is replaced, from the seed; settings; schedule)
-    "none": ({}, {}, "cr"),
-    "layers nested": ({"kept_layers": lambda seed: nested}, {}, "cr"),
-    "layers first": ({"kept_layers": lambda seed: first}, {}, "cr"),
-    "layers random": ({"kept_layers": random_layers}, {}, "cr"),
-    "neurons by output": ({"neuron_scores": lambda seed: by_output}, {}, "cr"),
-    "neurons random": ({"neuron_scores": lambda seed: at_random}, {}, "cr"),
-    "scored on 8": ({}, {"score_examples": 8}, "cr"),
-    "scored on 512": ({}, {"score_examples": 512}, "cr"),
-    "two stages": ({}, {}, "0.5x0.5:0.6,1x1:0.4"),
-    "eight stages": ({}, {}, ",".join(f"{k / 8:g}x{k / 8:g}:{0.6 / 7 if k < 8 else 0.4:.9f}"
-                                      for k in range(1, 9))),
-    "shares 10 10 10 70": ({}, {}, "0.25x0.25:0.1,0.5x0.5:0.1,0.75x0.75:0.1,1x1:0.7"),
-    "shares 30 30 30 10": ({}, {}, "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.3,1x1:0.1"),
-    "grown by its loss": ({"stage_at": lambda seed: by_loss(seed)[0],
-                           "update": lambda seed: by_loss(seed)[1]}, {}, "cr"),
-    "optimiser reset": ({"update": lambda seed: at_growth(reset)}, {}, "cr"),
-    "warm-up": ({"update": lambda seed: at_growth(warm)}, {}, "cr"),
-    "start vocab": ({}, {"init": "vocab"}, "cr"),
-    "start labels": ({}, {"init": "labels"}, "cr"),
-    "length 5": ({}, {"prompt_length": 5}, "cr"),
-    "length 50": ({}, {"prompt_length": 50}, "cr"),
-    "pt": ({}, {}, "pt"),
-    "pt, the FLOPs of cr": ({}, {"steps": 191}, "pt"),  # 0.637 of 300
-    "pt, the full updates alone": ({}, {"steps": 120}, "pt"),  # 0.4 of 300
-    "pt, start vocab": ({}, {"init": "vocab"}, "pt"),
-    "pt, start labels": ({}, {"init": "labels"}, "pt"),
-    "pt, length 5": ({}, {"prompt_length": 5}, "pt"),
-    "pt, length 50": ({}, {"prompt_length": 50}, "pt"),
+CHANGES = {
+    "none": Change(),
+    "layers nested": Change(replaced={"kept_layers": lambda seed: nested}),
+    "layers random": Change(replaced={"kept_layers": random_layers}),
+    "neurons random": Change(replaced={"neuron_scores": lambda seed: random_neurons}),
+    "optimiser reset": Change(replaced={"train": lambda seed: forgetful}),
+    "start labels": Change(flags=("--init", "labels")),
+    "length 5": Change(flags=("--prompt-length", "5")),
+    "length 50": Change(flags=("--prompt-length", "50")),
+    "pt": Change("pt"),
+    "pt, the FLOPs of cr": Change("pt", 0.637),  # measured, on these tasks
+    "pt, the full updates alone": Change("pt", 0.4),
+    "pt, start labels": Change("pt", flags=("--init", "labels")),
+    "pt, length 5": Change("pt", flags=("--prompt-length", "5")),
+    "pt, length 50": Change("pt", flags=("--prompt-length", "50")),
 }
-
-STARTS = [name for name in CHANGES if name.startswith(("pt, start", "pt, length"))]
 
 # ====== Cells =====================================================================================
 
@@ -174,301 +111,285 @@ def cells(parts, seeds) -> list[tuple[str, str, str, int]]:
     """(task, schedule, change, seed), the most telling first."""
     found = []
     for seed in seeds:
-        if "table" in parts:
+        if {"table", "transfer"} & set(parts):  # transfer needs the prompts
             found += [(task, schedule, "", seed) for task in REPORTED
                       for schedule in (*FIXED, *PRESETS)]
         if "change" in parts:
-            found += [(task, schedule, name, seed) for task in REPORTED
-                      for name, (_, _, schedule) in CHANGES.items()]
+            found += [(task, change.schedule, name, seed) for task in REPORTED
+                      for name, change in CHANGES.items()]
         if "search" in parts and seed < 3:
             found += [(task, schedule, "", seed) for task in CHOOSING for schedule in SEARCH]
     return found
 
 
-SEARCH = ("pt", "ld", "fr", "cr", *(f"{small:g}x{small:g}:{share:g},1x1:{1 - share:g}"
-                                    for small in (0.25, 0.5) for share in (0.6, 0.8, 0.9)),
-          "0.25x0.25:0.4,0.5x0.5:0.4,1x1:0.2", "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.2,1x1:0.2",
-          "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.3,1x1:0.1")
-
-
 def place(out: Path, task, schedule, change, seed) -> Path:
-    """The folder of a cell's run."""
-    return out / "runs" / task / fpt.run_name(f"{change.replace(' ', '-') or 'as-is'},{schedule}",
-                                              seed)
+    """The folder of a cell's command."""
+    return out / "runs" / task / re.sub("[:, ]+", "_", f"{change or 'as is'} {schedule} {seed}")
 
 
-def task_folder(out: Path, task: str) -> str:
-    return str(ROOT / "micro" / "rte" if task == "rte" else out / "tasks" / task)
-
-
-def run_cell(job) -> dict:
+def run_cell(args, cell) -> dict:
     """Train, unless it was done before. -> what the study keeps of it."""
-    out, (task, schedule, change, seed) = job
-    torch.set_num_threads(1)
-    replaced, settings, _ = CHANGES.get(change, ({}, {}, ""))
-    settings = {"steps": SHORT, **settings} if change else {}
-    folder = place(out, task, schedule, change, seed)
-    if not (folder / "results.json").exists():
-        if replaced and folder.exists():  # a change does not know what it did before a stop
-            shutil.rmtree(folder)
-        config = fpt.Config(**{**SETTINGS, **settings, "task": task_folder(out, task)})
-        data = fpt.load_data(config.task, config.dev, config.limit)
-        model, tokenizer = fpt.load_model(config.model, torch.device("cpu"), "fp32")
-        folder.mkdir(parents=True, exist_ok=True)
-        usual = {name: getattr(fpt, name) for name in replaced}
-        try:
-            for name, make_it in replaced.items():
-                setattr(fpt, name, make_it(seed))
-            with contextlib.redirect_stdout(io.StringIO()):
-                fpt.tune(model, tokenizer, schedule, data, config, seed, folder)
-        finally:
-            for name, function in usual.items():
-                setattr(fpt, name, function)
-    run = fpt.read_run(folder)
-    keep = {key: [row[key] for row in run["curve"]] for key in ("step", "best")}
-    keep["flops"] = [round(row["flops"] / 1e6) for row in run["curve"]]  # in millions
-    return {"task": task, "schedule": schedule, "change": change, "seed": seed, **keep,
-            "validation": fpt.main_score(run["validation"]),
-            "seconds": round(run["train_seconds"], 1), "full_updates": run["full_updates"]}
+    task, schedule, name, seed = cell
+    change, folder = CHANGES.get(name, Change()), place(args.out, *cell)
+    tasks = ROOT / "micro" if task == "entailment" else args.out / "tasks"
+    steps = round(args.steps / 2 * change.share) if name else args.steps  # the docstring says why
+    if not list(folder.glob("*/results.json")):
+        shutil.rmtree(folder, ignore_errors=True)  # a change does not know what came before a stop
+        with contextlib.ExitStack() as changed, contextlib.redirect_stdout(None):
+            for what, replacement in change.replaced.items():
+                changed.enter_context(mock.patch.object(fpt, what, replacement(seed)))
+            fpt.main(["--model", str(args.model), "--task", str(tasks / task), "--out", str(folder),
+                      "--schedule", schedule, "--seed", str(seed), "--steps", str(steps),
+                      "--eval-every", str(args.eval_every), "--dev", "200", "--limit", "500",
+                      "--threads", "1", "--device", "cpu", *change.flags])
+    [path] = folder.glob("*/results.json")
+    run = json.loads(path.read_text())
+    kept = {key: [row[key] for row in run["log"]] for key in ("step", "best")} | {
+        "flops": [round(row["flops"] / 1e6) for row in run["log"]]}  # in millions
+    return {"task": task, "schedule": schedule, "change": name, "seed": seed, **kept,
+            "validation": fpt.main_score(run["validation"]), "full_updates": run["full_steps"],
+            "seconds": round(run["seconds"], 1)}
 
 
-def transfer(job) -> dict:
+def prompt_of(args, task, schedule, seed):
+    """The chosen prompt of a cell without a change."""
+    return fpt.load_prompt(next(place(args.out, task, schedule, "", seed).glob("*/prompt")))
+
+
+def transfer(args, task, seed) -> dict:
     """The chosen prompts of the fixed models of a task and a seed, each on every one of them."""
-    out, (task, seed) = job
-    torch.set_num_threads(1)
-    config = fpt.Config(**{**SETTINGS, "task": task_folder(out, task)})
-    data = fpt.load_data(config.task, config.dev, config.limit)
-    model, tokenizer = fpt.load_model(config.model, torch.device("cpu"), "fp32")
-    start = fpt.start_prompt(model, tokenizer, data.task, config, seed)
-    scores, _ = fpt.score_on_train(model, tokenizer, fpt.SoftPrompt(start), data, config, seed)
-    matrix, last = [], {}
-    models = [fpt.absorbed(fpt.partial_t5(model, *fpt.parse_schedule(name)[0][:2], scores, False))
-              for name in FIXED]
-    for schedule in FIXED:
-        folder = place(out, task, schedule, "", seed)
-        prompt = fpt.SoftPrompt(fpt.load_prompt(folder / "prompt"))
-        last[schedule] = fpt.load_prompt(folder / "prompt-last").flatten().tolist()
-        matrix.append([])
-        for partial in models:
-            found, _ = fpt.evaluate(partial, prompt, tokenizer, data.task, data.validation, config)
-            matrix[-1].append(fpt.main_score(found))
-    return {"task": task, "seed": seed, "models": FIXED, "validation": matrix, "last": last}
+    config = fpt.parse_args(["--resume", str(place(args.out, task, "pt", "", seed))])
+    model, tokenizer, (labels, train, _, validation), starts, _ = fpt.prepare(config)
+    rows = fpt.batches(train, lambda part: fpt.encode(tokenizer, labels, config.max_source, part),
+                       f"scores {seed}", config.batch, pool=1)  # as `fpt.tune` draws them
+    count = math.ceil(config.score_examples / config.batch)
+    scores = fpt.neuron_scores(model, starts[seed], [rows(i + 1) for i in range(count)])
+    matrix = [[] for _ in FIXED]
+    for name in FIXED:
+        partial = fpt.partial_t5(model, *fpt.parse_schedule(name)[0][:2], scores, decoder=False)
+        for row, trained_on in zip(matrix, FIXED):
+            prompt = fpt.SoftPrompt(prompt_of(args, task, trained_on, seed))
+            found, _ = fpt.evaluate(partial, prompt, tokenizer, labels, validation, config)
+            row.append(fpt.main_score(found))
+    return {"task": task, "seed": seed, "models": FIXED, "validation": matrix}
 
 
-def cosines(found: list[dict]) -> dict:
-    """Of last prompts: `fpt.similarity` of each task, and the control that it cannot have."""
-    runs = [{"task": row["task"], "seed": row["seed"], "schedule": name,
-             "prompt": torch.tensor(prompt)}
-            for row in found for name, prompt in row["last"].items()]
-    plain = [run for run in runs if run["schedule"] == "pt"]
-    other = [torch.cosine_similarity(a["prompt"], b["prompt"], dim=0).item()
-             for a, b in itertools.combinations(plain, 2)
-             if a["task"] != b["task"] and a["seed"] == b["seed"]]
-    return {"other_task": mean(other), "by_task": {task: fpt.similarity(
-        [run for run in runs if run["task"] == task]) for task in {run["task"] for run in runs}}}
+def cosines(args) -> dict[str, float]:
+    """Of chosen prompts, flattened, with that of `pt`: mean of tasks and seeds, with controls.
+
+    A prompt shares its start and its batches with those of its seed. What makes a cosine mean
+    something is that of `pt` with another seed, with another task, and of random prompts.
+    """
+    prompts = {key: prompt_of(args, *key).flatten()
+               for key in itertools.product(REPORTED, COMPOUND, args.seed)}
+    found = collections.defaultdict(list)
+    for first, second in itertools.permutations(prompts, 2):
+        same = tuple(a == b for a, b in zip(first, second))  # task, schedule, seed
+        title = {(True, False, True): f"`{first[1]}`, same seed", (True, True, False):
+                 "`pt`, other seed", (False, True, True): "`pt`, other task"}.get(same)
+        if title and second[1] == "pt":
+            found[title].append(torch.cosine_similarity(prompts[first], prompts[second], dim=0))
+    drawn = torch.randn(2, 100, len(prompts[first]), generator=fpt.rng("random prompts"))
+    found["random"] = torch.cosine_similarity(*drawn, dim=1)
+    return {title: sum(values).item() / len(values) for title, values in found.items()}
 
 
 # ====== Tables ====================================================================================
 
-# T5-LARGE in the paper's Tables 1 and 2: MNLI, QQP (labels, as here: the decoder stays whole), the
-# mean of its five tasks, FLOPs in percent; of schedules the column "Improve" as well.
-PAPER = dict(zip((*FIXED, "ld", "fr", "cr"), (
-    (86.07, 87.26, 71.51, 100), (60.34, 78.29, 45.78, 30), (63.90, 80.64, 51.24, 54),
-    (81.41, 86.05, 62.76, 77), (78.18, 85.19, 63.08, 58), (82.62, 86.45, 68.19, 72),
-    (84.93, 86.77, 70.41, 86), (62.53, 78.38, 46.00, 20), (64.09, 78.91, 48.45, 40),
-    (80.63, 86.32, 62.30, 66), (85.72, 86.51, 70.92, 72, 0.11), (86.49, 87.11, 71.50, 83, 0.49),
-    (85.13, 86.40, 70.87, 65, 0.38))))
-OF_PAPER = "paper: labels", "paper: five tasks", "paper: FLOPs"
+# T5-LARGE in the paper's Tables 1 and 2, less its own PT: on MNLI and QQP (labels, as here: the
+# decoder stays whole), on all five tasks; FLOPs over those of PT; of schedules "Improve" as well.
+PAPER = pandas.DataFrame([row.split() for row in (
+    "- - 1.00 -", "-17.3 -25.7 0.30 -", "-14.4 -20.3 0.54 -", "-2.9 -8.8 0.77 -",
+    "-5.0 -8.4 0.58 -", "-2.1 -3.3 0.72 -", "-0.8 -1.1 0.86 -", "-16.2 -25.5 0.20 -",
+    "-15.2 -23.1 0.40 -", "-3.2 -9.2 0.66 -", "-0.5 -0.6 0.72 +0.11", "+0.1 +0.0 0.83 +0.49",
+    "-0.9 -0.6 0.65 +0.38", "- - - -")], [*FIXED, *PRESETS],
+    ["paper: labels", "paper: five tasks", "paper: FLOPs", "paper's"]).replace("-", "")
 
 
-def paper(name: str) -> list[str]:
-    """What the paper's PT loses: on MNLI and QQP, on five tasks; and the FLOPs of the row."""
-    if name not in PAPER:
-        return ["", "", ""]
-    row, plain = PAPER[name], PAPER["pt"]
-    lost = [f"{round(mean(row[part]) - mean(plain[part]), 1) + 0.0:+.1f}"  # 0.0: no "-0.0"
-            for part in (slice(2), slice(2, 3))]
-    return [*(lost if name != "pt" else ["", ""]), f"{row[3] / 100:.2f}"]
+def compared(record: dict, changes: bool = False, reported: bool = True) -> pandas.DataFrame:
+    """The rows of `fpt.compare`, task by task; their index is name, task and seed."""
+    runs, names = collections.defaultdict(list), ("name", "task", "seed")
+    for cell in record["cells"]:
+        if bool(cell["change"]) == changes and (cell["task"] in REPORTED) == reported:
+            log = [dict(zip(("step", "flops", "best"), row))
+                   for row in zip(cell["step"], cell["flops"], cell["best"])]
+            runs[cell["task"]].append(cell | {
+                "schedule": cell["change"] or cell["schedule"], "log": log,
+                "dev": {"": log[-1]["best"]}, "validation": {"": cell["validation"]},
+                "flops": log[-1]["flops"], "full_steps": cell["full_updates"]})
+    return pandas.concat([fpt.compare(rows).set_index(pandas.MultiIndex.from_tuples(
+        [(row["schedule"], row["task"], row["seed"]) for row in rows], names=names))
+        for rows in runs.values()] or [pandas.DataFrame()])
 
 
-def compared(record: dict, tasks, changes: bool = False) -> dict[str, dict]:
-    """{task: {schedule, or change: its row of `fpt.compare`}}, with the FLOPs to all of `pt`."""
-    found = {}
-    for task in tasks:
-        runs = [{**cell, "schedule": cell["change"] or cell["schedule"],
-                 "dev": {"accuracy": cell["best"][-1]}, "train_seconds": cell["seconds"],
-                 "validation": {"accuracy": cell["validation"]}, "scored_on_full_model": None,
-                 "curve": [dict(zip(("step", "flops", "best"), row)) for row in zip(
-                     cell["step"], cell["flops"], cell["best"])]}
-                for cell in record["cells"] if cell["task"] == task
-                and bool(cell["change"]) == changes]
-        groups = fpt.by_schedule(sorted(runs, key=lambda run: run["seed"]))
-        seeds = [run["seed"] for run in groups.get("pt", [])]
-        rows = fpt.compare([run for group in groups.values() for run in group
-                            if [run["seed"] for run in group] == seeds])
-        goal = fpt.mean_curve(groups["pt"], "best")[-1] if rows else 0
-        own = fpt.flops_to(groups["pt"], goal) if rows else 0
-        for row in rows:
-            reached = fpt.flops_to(groups[row["schedule"]], goal)
-            row["flops_to_all"] = reached and reached / own
-        found[task] = {row["schedule"]: row for row in rows}
-    return found
+def per_task(frame, key: str):
+    """Of one column, groups by name: a row for each seed, columns for the tasks and their mean."""
+    wide = frame[key].unstack("task")[list(frame.index.unique("task"))]
+    return wide.assign(mean=wide.mean(axis=1, skipna=False)).groupby("name")
 
 
-def over_tasks(found: dict, name: str, key: str) -> list[float]:
-    """A value of each seed, as the mean over the tasks."""
-    return [mean(values) for values in zip(*(rows[name][key] for rows in found.values()),
-                                           strict=True)]
+def spread(values) -> str:
+    """Mean ± standard deviation over seeds, as text; the deviation needs two of them."""
+    return f"{values.mean():.1f} ± {values.std():.1f}".removesuffix(" ± nan")
 
 
-def pooled(found: dict, name: str, key: str, base: str | None = None) -> str:
-    """Mean and 95 % interval over all pairs of a task and a seed; nothing for the base itself."""
-    if name == base:
-        return ""
-    values = [value - (rows[base][key][i] if base else 0) for rows in found.values()
-              for i, value in enumerate(rows[name][key])]
-    bounds = fpt.interval(values)
-    return f"{mean(values):+.1f}" + (f" [{bounds[0]:.1f}, {bounds[1]:.1f}]" if bounds else "")
+def pooled(values) -> str:
+    """Mean and 95 % interval (Student's t) over all pairs of a task and a seed."""
+    bounds = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return "{:+.1f} [{:.1f}, {:.1f}]".format(values.mean(), *bounds)
 
 
-def goals(found: dict, name: str, key: str) -> list[str]:
-    """FLOPs to a score, task by task, and their mean; "never" if one never gets there."""
-    values = [rows[name][key] for rows in found.values()]
-    values.append(None if None in values else mean(values))
-    return [f"{value:.2f}" if value else "never" for value in values]
+def goals(frame):
+    """FLOPs to 99 % of the last score of `pt`, over those of `pt`: medians over seeds, as text."""
+    found = per_task(frame.fillna(math.inf), "to 99 %").median() / 100
+    return found.map("{:.2f}".format).replace("inf", "never")
 
 
-def scores(found: dict, name: str) -> list[str]:
-    """Validation, task by task, and of the mean over the tasks."""
-    return [fpt.spread(rows[name]["validation"]) for rows in found.values()] + [
-        fpt.spread(over_tasks(found, name, "validation"))]
+def table(frame, names, base=lambda name: "pt"):
+    """Validation by task and of their mean; that less the base's, in pairs; FLOPs over `pt`'s."""
+    text, scores = per_task(frame, "validation").agg(spread).loc[list(names)], frame.validation
+    text["less base [95 %]"] = [pooled(scores[name] - scores[base(name)]) if name != base(name)
+                                else "" for name in names]
+    text["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
+    return text
 
 
-def share(found: dict, name: str, key: str = "flops") -> str:
-    """FLOPs or seconds over those of `pt`."""
-    return f"{mean(over_tasks(found, name, key)):.{3 if key == 'flops' else 2}f}"
-
-
-def markdown(title: str, head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join([title, ""] + ["| " + " | ".join(row) + " |" for row in (
-        head, ["---"] * len(head), *rows)]) + "\n"
-
-
-def table_1(record: dict) -> str:
-    """Prompt tuning on fixed partial models, each scored on its own."""
-    found = compared(record, REPORTED)
-    known = [name for name in FIXED if all(name in rows for rows in found.values())]
-    return markdown("Fixed partial models", [
-        "depth x width", *found, "mean", "less `pt` [95 %]", "FLOPs", *OF_PAPER], [
-        [f"`{name}`", *scores(found, name), pooled(found, name, "validation", "pt"),
-         share(found, name), *paper(name)] for name in known])
-
-
-def table_2(record: dict) -> str:
-    """Schedules on the full model: what they reach, and what it costs beside `pt`."""
-    found = compared(record, REPORTED)
-    known = [name for name in PRESETS if all(name in rows for rows in found.values())]
-    return "\n".join([markdown("Schedules", [
-        "schedule", *found, "mean", "less `pt` [95 %]", "FLOPs", "seconds", *OF_PAPER], [
-        [f"`{name}`", *scores(found, name), pooled(found, name, "validation", "pt"),
-         share(found, name), share(found, name, "seconds"), *paper(name)]
-        for name in ("pt", *known)]),
-        markdown("Against `pt` stopped early", [
-            "schedule", "`pt` at the same FLOPs", *(f"gain: {task}" for task in found),
-            "mean gain [95 %]", "paper's", "full updates alone"], [
-            [f"`{name}`", fpt.spread(over_tasks(found, name, "pt_equal_flops")),
-             *(f"{mean(rows[name]['gain']):+.1f}" for rows in found.values()),
-             pooled(found, name, "gain"), *(f"{x:+.2f}" for x in PAPER.get(name, [""] * 4)[4:]),
-             *[""] * (name not in PAPER),
-             fpt.spread(over_tasks(found, name, "pt_full_updates"))] for name in known]),
-        markdown("FLOPs to 99 % of the score of `pt`, over those of `pt`; and to all of it", [
-            "schedule", *found, "mean", "mean, to all of it"], [
-            [f"`{name}`", *goals(found, name, "flops_to_pt"),
-             goals(found, name, "flops_to_all")[-1]] for name in known])])
-
-
-def table_changes(record: dict) -> str:
-    """`cr` and `pt` with one thing done otherwise, in fewer updates."""
-    found = compared(record, REPORTED, changes=True)
-    return markdown("One change", ["change", *found, "mean", "less unchanged [95 %]", "FLOPs",
-                                   "to 99 % of `pt`"], [
-        [name, *scores(found, name),
-         pooled(found, name, "validation", "pt" if name in STARTS else "none"),
-         share(found, name), goals(found, name, "flops_to_pt")[-1]]
-        for name in CHANGES if all(name in rows for rows in found.values())])
-
-
-def table_search(record: dict) -> str:
-    """Schedules on the choosing tasks."""
-    found = compared(record, CHOOSING)
-    return markdown("Schedules on the choosing tasks", [
-        "schedule", *found, "mean", "FLOPs", *(f"99 % of `pt`: {task}" for task in found),
-        "mean"], [
-        [f"`{name}`", *scores(found, name), share(found, name),
-         *goals(found, name, "flops_to_pt")]
-        for name in SEARCH if all(name in rows for rows in found.values())])
-
-
-COMPOUND = ("0.25x0.25:1", "0.5x0.5:1", "0.75x0.75:1", "pt")
-
-
-def transferred(record: dict) -> list[list[float]]:
-    """Validation of the prompts of each of FIXED (rows) on each of them: mean of tasks, seeds."""
-    return [[mean(row["validation"][i][j] for row in record["transfer"])
-             for j in range(len(FIXED))] for i in range(len(FIXED))]
-
-
-def table_transfer(record: dict) -> str:
-    """The part of `transferred` that `cr` is made of; and how alike these prompts are."""
-    found = transferred(record)
-    return "\n".join([markdown("A prompt of one model on another", [
-        "trained on", *(f"on `{name}`" for name in COMPOUND)], [
-        [f"`{name}`", *(f"{found[FIXED.index(name)][FIXED.index(other)]:.1f}"
-                        for other in COMPOUND)] for name in COMPOUND]),
-        markdown("Cosine with the last prompt of `pt`", [
-            *(f"`{name}`, same seed" for name in COMPOUND[:3]), "`pt`, other seed",
-            "`pt`, other task", "random"], [
-            [f"{value:.3f}" for value in (
-                *(cosine(record, ["pt", name], "same_seed") for name in COMPOUND[:3]),
-                cosine(record, ["pt", "pt"], "other_seed"), record["cosines"]["other_task"],
-                cosine(record, ["random"], "other_seed"))]])])
-
-
-def cosine(record: dict, schedules: list[str], which: str) -> float:
-    """A row of `fpt.similarity`, as the mean over the tasks."""
-    return mean(row[which] for rows in record["cosines"]["by_task"].values() for row in rows
-                if row["schedules"] == schedules)
+def markdown(title: str, text) -> str:
+    rows = ["", *text.columns], ["---"] * (1 + len(text.columns)), *text.itertuples()
+    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
 def tables(record: dict) -> str:
     """All that the record has cells for, as Markdown."""
-    makers = {table_1: (REPORTED, False), table_2: (REPORTED, False),
-              table_changes: (REPORTED, True), table_search: (CHOOSING, False)}
-    text = [maker(record) for maker, (tasks, changes) in makers.items()
-            if all(compared(record, tasks, changes).values())]
+    plain, changed = compared(record), compared(record, changes=True)
+    chosen, found = compared(record, reported=False), []
+    if len(plain):
+        schedules = table(plain, ["pt", *PRESETS])
+        schedules["seconds"] = (plain.seconds.groupby("name").mean() / 100).map("{:.2f}".format)
+        gains = per_task(plain, "gain").mean().map("{:+.1f}".format).loc[PRESETS]
+        gains["mean"] = [pooled(plain.gain[name]) for name in PRESETS]
+        gains["paper's"] = PAPER["paper's"]
+        for title, key in (("`pt`, same FLOPs", "pt, same flops"), ("full alone", "full alone")):
+            gains[title] = per_task(plain, key)["mean"].agg(spread)
+        found += [markdown("Fixed partial models", table(plain, FIXED).join(PAPER.iloc[:, :3])),
+                  markdown("Schedules", schedules.join(PAPER.iloc[:, :3])),
+                  markdown("Gain over `pt` stopped early", gains),
+                  markdown("FLOPs to 99 % of the score of `pt`", goals(plain).loc[PRESETS])]
+    if len(changed):
+        found.append(markdown("One change", table(changed, CHANGES, lambda name: (
+            "pt" if name.startswith("pt,") and CHANGES[name].flags else "none"))))
+    if len(chosen):
+        text = table(chosen, SEARCH).assign(**{"to 99 %": goals(chosen)["mean"]})
+        found.append(markdown("Schedules on the choosing tasks", text))
     if "transfer" in record:
-        text.append(table_transfer(record))
-    return "\n".join(text)
+        matrix = transferred(record).loc[COMPOUND, COMPOUND].map("{:.1f}".format)
+        found += [markdown("Prompts (rows) on models", matrix), markdown(
+            "Cosine with the prompt of `pt`", alike(record["cosines"]).map("{:.3f}".format))]
+    return "\n".join(found)
+
+
+def transferred(record: dict) -> pandas.DataFrame:
+    """Validation of the prompts of FIXED (rows) on each of them: mean of tasks and seeds."""
+    rows = [pandas.DataFrame(row["validation"], FIXED, FIXED) for row in record["transfer"]]
+    return sum(rows) / len(rows)
+
+
+def alike(found: dict) -> pandas.DataFrame:
+    """`cosines` as a row."""
+    if "by_task" in found:  # a record of the former code, of last prompts
+        rows = pandas.DataFrame(itertools.chain(*found["by_task"].values()))
+        means = rows.groupby(rows.schedules.map(" ".join))[["same_seed", "other_seed"]].mean()
+        found = {f"`{name}`, same seed": means.same_seed[f"pt {name}"] for name in COMPOUND[:3]} | {
+            "`pt`, other seed": means.other_seed["pt pt"], "`pt`, other task": found["other_task"],
+            "random": means.other_seed["random"]}
+    return pandas.DataFrame(found, ["cosine"])
+
+
+# ====== Figures ===================================================================================
+
+STYLES = {"pt": ("black", "-"), "cr": ("0.35", "--"), "fast": ("0.1", ":")}
+TITLES = {"study": "shipped model", "study-whole": "made without sub-networks"}
+
+
+def draw_schedule(name: str = "cr", layers: int = 12):
+    """A column for each stage, as wide as its share of the updates; a bar for each layer.
+
+    Dark is what runs. The thin line below is the prompt, which goes through all of it.
+    """
+    plot, start = Figure(figsize=(7, 3.9), layout="constrained"), 0.0
+    axes = plot.subplots()
+    for depth, width, share in fpt.SCHEDULES[name]:
+        kept = fpt.kept_layers(layers, fpt.share_of(layers, depth))
+        for color, rows, part in ("0.9", range(layers), 1), ("0.25", kept, width):
+            axes.barh([row + 0.5 for row in rows], (share - 0.024) * part, 0.76, start + 0.012,
+                      color=color)
+        axes.text(start + share / 2, layers + 0.25, ha="center",
+                  s=f"{len(kept)} layers,\n{100 * width:g} % of d_ff")
+        start += share
+    axes.annotate("", (1, -1.1), (0, -1.1), arrowprops={"arrowstyle": "->", "lw": 1.6})
+    axes.text(0.5, -1.0, "the same prompt, the same optimiser", ha="center", va="bottom")
+    axes.set(xlim=(0, 1), ylim=(-1.6, layers + 2.2), xlabel="share of the updates",
+             ylabel="layer of the encoder", yticks=[0.5, layers - 0.5], yticklabels=[0, layers - 1])
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return plot
+
+
+def draw_curves(records: dict[str, dict]):
+    """Best dev score so far against FLOPs, as a share of what `pt` spends: mean of tasks, seeds."""
+    plot = Figure(figsize=(7, 3.4), layout="constrained")
+    panels = plot.subplots(1, len(records), sharey=True, squeeze=False)[0]
+    for axes, (title, record) in zip(panels, records.items()):
+        cells = pandas.DataFrame(record["cells"]).query("change == '' and task in @REPORTED")
+        cells = cells.set_index(["schedule", "task", "seed"])
+        ends = cells.flops["pt"].str[-1]
+        for name, (color, line) in STYLES.items():
+            flops, best = (pandas.DataFrame(cells[key][name].to_list(), cells.loc[name].index)
+                           for key in ("flops", "best"))  # a row for each task and seed
+            x, y = flops.div(ends, axis=0).mean().to_list(), best.mean().to_list()
+            axes.plot(x, y, line, color=color, lw=2.2, marker="o", markevery=[-1],
+                      label=f"{name}: {y[-1]:.1f}")
+        axes.set(title=title, xlabel="training FLOPs (1: all of pt's)", xlim=(0, 1.03))
+        axes.legend(loc="lower right", frameon=False)
+    panels[0].set_ylabel("best dev score so far, %")
+    return plot
+
+
+def draw_transfer(records: dict[str, dict]):
+    """A square for each pair: dark is a high validation score, and its number is in it."""
+    names = ["full" if name == "pt" else name.removesuffix(":1") for name in FIXED]
+    plot = Figure(figsize=(5.6, 5.2 * len(records)), layout="constrained")
+    panels = plot.subplots(len(records), squeeze=False)[:, 0]
+    for axes, (title, record) in zip(panels, records.items()):
+        found = transferred(record).to_numpy()
+        axes.imshow(found, cmap="Greys", vmin=30, vmax=110)
+        for i, j in itertools.product(range(len(names)), repeat=2):
+            axes.text(j, i, f"{found[i, j]:.0f}", ha="center", va="center", fontsize=9,
+                      color="white" if found[i, j] > 75 else "black",
+                      weight="bold" if i == j else "normal")
+        axes.set_xticks(range(len(names)), names, rotation=60)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(title=title, ylabel="prompt trained on (depth x width)",
+                 xlabel="... and used, untouched, on")
+    return plot
+
+
+# ====== main ======================================================================================
 
 
 def make_parser():
     """The flags."""
     parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
-    parser.error = lambda text: parser.exit(2, f"study.py: error: {text}; see --help\n")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--out", type=Path, help="folder of the study")
     what.add_argument("--show", type=Path, help="print the tables of a study.json, run nothing")
-    parser.add_argument("--part", nargs="+", choices=("table", "change", "transfer", "search"),
-                        default=["table", "change", "transfer", "search"], help="(default: all)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4],
-                        help="(default: 0 1 2 3 4)")
-    parser.add_argument("--model", type=Path, default=ROOT / "micro" / "model",
-                        help="another micro model (default: the shipped one)")
-    parser.add_argument("--steps", type=int, default=SETTINGS["steps"],
-                        help="updates of the parts table and search (default: %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=SETTINGS["eval_every"],
-                        help="(default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="at a time (default: 2)")
+    what.add_argument("--draw", type=Path, help="draw the figures of the tutorial to this folder")
+    add("--part", nargs="+", choices=PARTS, default=PARTS, help="(all)")
+    add("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(%(default)s)")
+    add("--model", type=Path, default=ROOT / "micro" / "model", help="a micro model (the shipped)")
+    add("--steps", type=int, default=600, help="updates; of the part change half (%(default)s)")
+    add("--eval-every", type=int, default=20, help="(%(default)s)")
+    add("--processes", type=int, default=2, help="at a time (%(default)s)")
     return parser
 
 
@@ -476,26 +397,29 @@ def main(args) -> None:
     if args.show:
         print(tables(json.loads(args.show.read_text())))
         return
-    out, fork = args.out, multiprocessing.get_context("fork")
-    make.main(["--tasks", str(out / "tasks")])  # the same bytes each time
-    SETTINGS.update(model=str(args.model.resolve()), steps=args.steps, eval_every=args.eval_every)
-    model = fpt.fingerprint(*fpt.load_model(SETTINGS["model"], torch.device("cpu"), "fp32"))
-    record = {"settings": {**SETTINGS, "model": model["weights"]}, "versions": fpt.versions(),
-              "cells": []}
-    with fork.Pool(args.processes) as pool:
-        jobs = [(out, cell) for cell in cells(args.part, args.seed)]
-        for number, row in enumerate(pool.imap(run_cell, jobs), 1):
+    if args.draw:
+        records = {title: json.loads(Path(__file__).with_name(f"{name}.json").read_text())
+                   for name, title in TITLES.items()}
+        for name, plot in {"schedule": draw_schedule(), "study": draw_curves(records),
+                           "transfer": draw_transfer(records)}.items():
+            plot.savefig(args.draw / f"{name}.png", dpi=150)
+        return
+    make.main(["--tasks", str(args.out / "tasks")])  # the same bytes each time
+    record = {"settings": {key: str(value) for key, value in vars(args).items()}, "cells": [],
+              "model": zlib.crc32((args.model / "model.safetensors").read_bytes())}
+    fork = multiprocessing.get_context("fork")
+    with futures.ProcessPoolExecutor(args.processes, fork) as pool:
+        jobs = cells(args.part, args.seed)
+        for number, row in enumerate(pool.map(run_cell, itertools.repeat(args), jobs), 1):
             record["cells"].append(row)
-            print(f"{number}/{len(jobs)}  {row['task']:<8} {row['schedule'][:24]:<24} "
-                  f"{row['change']:<20} seed {row['seed']}  dev {row['best'][-1]:5.1f}  "
-                  f"validation {row['validation']:5.1f}", flush=True)
+            print("{}/{} {task} {schedule} {change} {seed}: validation {validation:.1f}".format(
+                number, len(jobs), **row), flush=True)
         if "transfer" in args.part:
-            found = pool.map(transfer, [(out, pair) for pair in itertools.product(
-                REPORTED, args.seed)], chunksize=1)
-            record["cosines"] = cosines(found)
-            record["transfer"] = [{k: v for k, v in row.items() if k != "last"} for row in found]
-    fpt.write(out / "study.json", json.dumps(record))
-    print(f"{tables(record)}\n{len(record['cells'])} cells: {out / 'study.json'}")
+            pairs = zip(*itertools.product(REPORTED, args.seed))
+            record["transfer"] = list(pool.map(transfer, itertools.repeat(args), *pairs))
+            record["cosines"] = cosines(args)
+    fpt.write(args.out / "study.json", [record])
+    print(f"{tables(record)}\n{len(record['cells'])} cells: {args.out / 'study.json'}")
 
 
 if __name__ == "__main__":
