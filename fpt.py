@@ -9,8 +9,9 @@
 Prompt tuning (PT, Lester et al. 2021) learns P vectors in front of the input embeddings of a
 frozen T5. Few parameters, but every update runs the whole model forward and backward. FPT (Huang
 et al., Findings of EMNLP 2022, arXiv 2211.06840) makes the early updates cheap: the prompt is
-trained first on a *partial* T5, with layers dropped and FFN neurons removed, that grows in stages
-to the full model. The same prompt is carried ("recycled") through every growth.
+trained first on a *partial* T5, with layers dropped and FFN neurons removed (where answers are
+labels, in the encoder alone), that grows in stages to the full model. The same prompt is carried
+("recycled") through every growth.
 
     the paper                              here
     partial PLM: layer dropping (LD)       kept_layers, partial_t5
@@ -29,8 +30,9 @@ What this is not: a library of tuning methods (PEFT is; the prompts saved here l
 to tune weights, or for models other than T5s. Lines that differ on purpose from the authors' code
 (thunlp/FastPromptTuning) are marked "Official:"; tutorial.md collects them in one table.
 
-Sections 1 to 4 are the method: pure functions of tensors, numbers and modules. Section 5 is the
-loop. Copy what you need of them; the rest is the program around it.
+To use FPT elsewhere, copy sections 1 to 5: the method, and `train`, its loop. They know nothing of
+settings, tasks or files (but for a prompt's). The rest is the program around them, and last a
+cheaper cross-attention, which every run of the program has.
 
 Glossary
     B        examples in a batch
@@ -119,15 +121,16 @@ from torch import Tensor, nn  # noqa: E402
 def kept_layers(total: int, keep: int) -> list[int]:
     """Indices of the layers that layer dropping keeps, evenly: kept_layers(12, 3) is [0, 5, 11].
 
-    The first and the last layer stay, and gaps differ by at most one, the larger ones at the top.
-    keep=1 gives [0]: layer 0 alone owns T5's relative position bias, and without it the model runs
-    on, silently wrong. Sets of growing stages are not nested: 24 -> 12 lacks layer 13 of 24 -> 6.
-    Raises ValueError unless 1 <= keep <= total.
+    Layer 0 always stays: it alone owns T5's relative position bias, and without it the model runs
+    on, silently wrong. From two layers on the last one stays too, and gaps differ by at most one,
+    the larger ones at the top. Sets of growing stages are not nested: of 24 layers, 13 is among the
+    6 but not among the 12. Raises ValueError unless 1 <= keep <= total.
     Official: `evenly_select_layers`, the same rule; it divides by zero for keep=1.
     """
     if not 1 <= keep <= total:
         raise ValueError(f"cannot keep {keep} of {total} layers")
-    gap, longer = divmod(total - 1, max(1, keep - 1))  # the last `longer` of keep-1 gaps are gap+1
+    # Between `keep` layers are keep-1 gaps; the last `longer` of them are wider by one: 11 = 5 + 6.
+    gap, longer = divmod(total - 1, max(1, keep - 1))
     return [i * gap + max(0, i - (keep - 1 - longer)) for i in range(keep)]
 
 
@@ -202,7 +205,8 @@ def narrowed(block, scores: Tensor, width: float):
     keep = ranking[:share_of(len(scores), width)].sort().values  # [k]
     for name, linear in block.get_submodule(ffn).named_children():
         if isinstance(linear, nn.Linear):  # rows of wi or wi_0, wi_1: [k, d]; columns of wo: [d, k]
-            weight = linear.weight.data.index_select(1 if name == "wo" else 0, keep)  # no biases
+            weight = linear.weight.data.index_select(1 if name == "wo" else 0, keep)
+            # T5 has no biases. "meta": nothing is allocated for weights that are replaced at once.
             small = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             small.weight = nn.Parameter(weight, requires_grad=False)
             block = replaced(block, f"{ffn}.{name}", small)
@@ -224,7 +228,7 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
 
     Of the same class (forward, loss, cache, `generate`), it shares every kept tensor with `model`;
     only narrowed FFN matrices are new memory. Nothing makes up for what is missing: a dropped layer
-    passes the residual stream on. Both work in turn. Move, cast or save `model` alone.
+    passes the residual stream on. They may run in turn; move, cast or save only `model`.
 
     Args:
         depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
@@ -294,8 +298,9 @@ def stage_at(schedule, step: int, steps: int) -> int:
 
     Growth follows the boundary update, as in the official code: of 30,000, update 6,000 is the last
     of stage 0. Boundaries round half up, so a run of few updates may skip a stage.
-    Official: what is resumed behind the last boundary runs in the smallest stage.
+    Official: a run that is resumed behind its last growth begins with the smallest model again.
     """
+    # 1e-6: shares add up to 0.6000000000000001, or a little less.
     shares = itertools.accumulate(stage.share for stage in schedule[:-1])
     return sum(step > math.floor(share * steps + 0.5 + 1e-6) for share in shares)
 
@@ -328,7 +333,7 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
         own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
         scores = 2 * batch * target * target * own.inner_dim
         costs += [(linear(target, own), met), (2 * scores, 2 * met)]
-        if isinstance(cross, AbsorbedAttention) and target <= cross.longest:
+        if target <= getattr(cross, "longest", 0):  # an `AbsorbedAttention` (the last section)
             cross = cross.attention
             scores = 2 * batch * target * source * cross.n_heads * cross.d_model
             costs += [(linear(target, cross.q, cross.k), met), (linear(target, cross.v), 1)]
@@ -336,6 +341,7 @@ def step_flops(model, batch: int, source: int, target: int, backward: bool = Tru
             cross = getattr(cross, "attention", cross)
             scores = 2 * batch * target * source * cross.inner_dim
             costs += [(linear(target, cross.q), met), (linear(source, cross.k, cross.v), 1)]
+        # Q K^T: always dK, and dQ if the queries depend on the prompt. A V: dA and dV.
         costs += [(scores, 1 + met), (scores, 2), (linear(target, cross.o, block.layer[2]), 1)]
     forward = sum(cost for cost, _ in costs)
     total = forward + sum(cost * times for cost, times in costs) * backward
@@ -365,6 +371,18 @@ class SoftPrompt(nn.Module):
         prompt = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)  # [B, P, d]
         ones = mask.new_ones(len(mask), len(self.weight))  # [B, P]
         return torch.cat([prompt, embeds], dim=1), torch.cat([ones, mask], dim=1)
+
+
+def token_losses(model, mask: Tensor, labels: Tensor, **source) -> Tensor:
+    """Negative log-likelihood [B, S], fp32, of the target tokens; 0 where labels [B, S] are -100.
+
+    `source` is inputs_embeds [B, P+T, d], or encoder_outputs; `mask` [B, P+T] is theirs. The loss
+    that transformers computes in a bf16 model is itself rounded to three digits.
+    """
+    target = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S], shifted to the right
+    logits = model(attention_mask=mask, decoder_input_ids=target, use_cache=False, **source).logits
+    flat = logits.flatten(0, 1).float()  # [B*S, V]
+    return nn.functional.cross_entropy(flat, labels.flatten(), reduction="none").view_as(labels)
 
 
 def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=(), common=5000):
@@ -422,7 +440,7 @@ def load_prompt(folder) -> Tensor:
 
 
 def adafactor(prompt: SoftPrompt, lr: float):
-    """The paper's optimiser: a step has RMS `lr` at most, whatever the scale of all gradients.
+    """The paper's optimiser: a step has RMS `lr` at most, in whatever unit the gradients come.
 
     torch.optim.Adafactor cannot express it: it scales by the parameter's RMS and decays the rate.
     """
@@ -430,18 +448,6 @@ def adafactor(prompt: SoftPrompt, lr: float):
 
     return Adafactor([prompt.weight], lr=lr, scale_parameter=False, relative_step=False,
                      warmup_init=False, weight_decay=1e-5)
-
-
-def token_losses(model, mask: Tensor, labels: Tensor, **source) -> Tensor:
-    """Negative log-likelihood [B, S], fp32, of the target tokens; 0 where labels [B, S] are -100.
-
-    `source` is inputs_embeds [B, P+T, d], or encoder_outputs; `mask` [B, P+T] is theirs. The loss
-    that transformers computes in a bf16 model is itself rounded to three digits.
-    """
-    target = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S], shifted to the right
-    logits = model(attention_mask=mask, decoder_input_ids=target, use_cache=False, **source).logits
-    flat = logits.flatten(0, 1).float()  # [B*S, V]
-    return nn.functional.cross_entropy(flat, labels.flatten(), reduction="none").view_as(labels)
 
 
 def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1) -> Tensor:
@@ -452,7 +458,7 @@ def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1
     Official: the mean of the means of micro-batches.
     """
     tokens, loss = (batch["labels"] != -100).sum().item(), torch.zeros((), device=model.device)
-    processes, first = PartialState().num_processes, PartialState().process_index  # 1 and 0
+    processes, first = PartialState().num_processes, PartialState().process_index  # or 1 and 0
     for i in range(first, processes * parts, processes):
         part = {name: rows[i::processes * parts].to(model.device) for name, rows in batch.items()}
         embeds = model.get_input_embeddings()(part["input_ids"])  # [b, T, d], b: rows of this part
@@ -464,6 +470,11 @@ def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1
     return utils.reduce(loss, "sum")
 
 
+def main_score(scores: dict[str, float]) -> float:
+    """The first of some scores: the one that chooses the prompt."""
+    return next(iter(scores.values()))
+
+
 def padded_shape(prompt: Tensor, batch: dict[str, Tensor]) -> tuple[int, int, int]:
     """B, P+T and S of a batch behind a prompt [P, d], for `step_flops`."""
     size, source = batch["input_ids"].shape
@@ -473,10 +484,11 @@ def padded_shape(prompt: Tensor, batch: dict[str, Tensor]) -> tuple[int, int, in
 def new_run(flops: int = 0) -> dict:
     """How far a run has come: with prompt and optimiser's state, all that it goes on from.
 
-    step: updates made; full_steps: of these on the full model. flops: what they, and (the argument)
-    scoring the neurons, cost; pt_flops: what plain prompt tuning pays for the same batches.
-    seconds: of the updates. losses: since the last evaluation. log: a row for each evaluation.
-    best: dev scores, update, and prompt [P, d], of the evaluation with the highest score.
+    step: updates made; full_steps: of these on the full model. flops: what they cost, and what
+    (the argument) scoring the neurons did; pt_flops: what plain prompt tuning pays for the same
+    batches. seconds: of the updates. losses: since the last evaluation, which empties it. log: a
+    row for each evaluation; its stages count from 1. best: (dev scores, update, prompt [P, d]) of
+    the highest score, the later of equals.
     """
     return {"step": 0, "full_steps": 0, "flops": flops, "pt_flops": 0, "seconds": 0.0, "losses": [],
             "log": [], "best": ()}
@@ -486,10 +498,11 @@ def train(model, prompt, optimizer, schedule, batch_at, evaluate, run, steps, ev
           scores=None, decoder=False, parts=1):
     """FPT: one prompt, one optimiser, a model that grows. Yields `run` after each update.
 
-    Trains `prompt` in place on `batch_at(step)`, dicts as `neuron_scores` takes them, from `run`, a
-    `new_run()` or what one was when it stopped. `evaluate(model, prompt)` gives dev scores, the
-    first of which counts; run["best"] is the prompt to keep, the later of equals.
-    FloatingPointError at the first number that is not finite: is the rate too high, a weight NaN?
+    model: the full one, `.eval().requires_grad_(False)`. schedule: SCHEDULES["cr"], or another
+    list of stages. run: a `new_run()`, or a saved one to go on from. batch_at(step): a batch as
+    `neuron_scores` takes them. evaluate(model, prompt): a dict of dev scores, without gradients;
+    the first counts, higher is better. scores, decoder: for `partial_t5`. Trains `prompt` in
+    place; run["best"] has the one to keep. FloatingPointError if a number is not finite.
     """
     final, stage = partial_t5(model, *schedule[-1][:2], scores, decoder), None
     for step in range(run["step"] + 1, steps + 1):
@@ -502,7 +515,7 @@ def train(model, prompt, optimizer, schedule, batch_at, evaluate, run, steps, ev
         batch = batch_at(step)  # input_ids [B, T], attention_mask [B, T], labels [B, S]
         # 3. Forward through the frozen partial model, and back through it to the prompt.
         loss = gradient(partial, prompt, batch, parts)
-        # 4. Update. One NaN would spread to the whole prompt.
+        # 4. Update. The clipping is the paper's. One NaN would spread to the whole prompt: stop.
         norm = nn.utils.clip_grad_norm_([prompt.weight], 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -575,7 +588,7 @@ def load_data(name: str, dev: int, limit: int = 0):
     if name not in TASKS and not os.path.isdir(name):
         raise ValueError(f"unknown task {name!r}: use a folder, or {', '.join(TASKS)}")
     task, train, validation = load_hub(name) if name in TASKS else load_folder(Path(name))
-    mixed = functools.partial(sorted, key=lambda row: zlib.crc32(row[0].encode()))  # by no meaning
+    mixed = functools.partial(sorted, key=lambda row: zlib.crc32(row[0].encode()))  # any order
     sources = dict(mixed(train))  # ReCoRD repeats some
     held = dict(itertools.islice(sources.items(), max(1, min(dev, len(sources) // 5))))
     train = [(source, answers) for source, answers in train if source not in held]
@@ -604,7 +617,7 @@ def hub_examples(task: Task, row: dict) -> list[Example]:
     """
     texts = {name: row[name] for name in task.columns.split()}
     if task.labels:
-        answers = [dict(enumerate(task.labels))[row["label"]]]  # no -1, which unlabelled rows carry
+        answers = [dict(enumerate(task.labels))[row["label"]]]  # KeyError for -1: unlabelled
     elif "summary" in row:
         return [(row["document"], (row["summary"],))]
     elif "entities" in row:
@@ -651,7 +664,7 @@ def load_folder(folder: Path):
 
 def load_model(name: str, device, precision: str):
     """-> the model, frozen and in eval mode, and its tokenizer, by transformers' own code."""
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # no thread that has a bot convert
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # it asks a bot, in a thread
     import transformers
 
     transformers.logging.set_verbosity_error()  # its warning on untied T5 heads advises wrongly
@@ -806,11 +819,6 @@ METRICS = {"accuracy": accuracy, "binary_f1": functools.partial(f1, "binary"), "
            "macro_f1": functools.partial(f1, "macro"), "rouge_l": rouge_l}
 
 
-def main_score(scores: dict[str, float]) -> float:
-    """The first score, the one that chooses the prompt."""
-    return next(iter(scores.values()))
-
-
 @torch.no_grad()
 def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config):
     """-> scores in percent, the first of them the one that counts, and the predicted texts.
@@ -914,7 +922,7 @@ def conclude(run, scores, texts, task: Task, validation, config, folder: Path) -
     run |= {"dev": dev, "best_step": best_step, "validation": scores}
     if PartialState().is_main_process:
         save_prompt(folder / "prompt", best, config.model)
-        write(folder / "predictions.jsonl", zip(*zip(*validation), texts))
+        write(folder / "predictions.jsonl", zip(*zip(*validation), texts))  # source, answers, text
         write(folder / "results.json", [run])
         (folder / "state.pt").unlink()
     return run
@@ -1027,6 +1035,7 @@ def prepare(config):
     state = PartialState(cpu=config.device == "cpu" or not gpu)
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")
+    # A device that is not there, and a schedule that cannot be read, fail here.
     device = torch.zeros(1, device=config.device.replace("auto", str(state.device))).device
     torch.set_num_threads(config.threads or torch.get_num_threads())
     list(map(parse_schedule, config.schedule))
@@ -1036,6 +1045,7 @@ def prepare(config):
     if not state.num_processes * config.accumulate <= config.batch <= len(data[1]):
         raise ValueError("--batch must be at most the train examples, at least processes x parts")
     model, tokenizer = load_model(config.model, device, config.precision)
+    # The tokens of the label words alone; ValueError if two labels have the same.
     words = sum((ids[:-1] for ids in label_ids(tokenizer, data[0]._replace(prefix=""))), [])
     starts = {seed: init_prompt(config.init, config.prompt_length, model.shared.weight,
                                 rng(seed, "prompt"), words) for seed in config.seed}
@@ -1060,7 +1070,7 @@ def main(argv=None) -> list[dict]:
     print(f"{config.model} on {model.device}, {config.task}: {len(data[1])} train examples; {out}")
     remark(*data, tokenizer, config.max_source)
     try:
-        for seed, name in itertools.product(config.seed, config.schedule):
+        for seed, name in itertools.product(*map(dict.fromkeys, (config.seed, config.schedule))):
             folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
             folder.mkdir(exist_ok=True)
             print(f"\n{name}, seed {seed}")

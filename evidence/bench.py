@@ -4,28 +4,18 @@ Offline, on random weights of the true shapes: nothing can be learned, but cost 
 that. Within one run the contenders take turns; each number is the median of --rounds turns. Tables
 go to the screen, all numbers to the json. t5-base on two CPU cores takes about half an hour.
 
-1 throughput  examples per second of `fpt.py` (pt); of PEFT's prompt tuning with shuffled batches
-              padded to their longest; and of the same with every input padded to 512, as the
-              official code does. Same model, examples, optimiser; dropout off in all of them.
-2 stages      seconds of every stage and schedule beside their FLOPs; growing, scoring, evaluating
-3             (with 2) achieved FLOP/s, as a share of the largest matrix product measured beside it
-4 memory      peaks of pt, of cr after each growth, and of PEFT, each in a process of its own
-5 scaling     how seconds grow with batch, input length, prompt length and depth
-6 overhead    of Python and framework in an update of the micro model
+throughput  examples per second of `fpt.py` (pt); of PEFT's prompt tuning with shuffled batches
+            padded to their longest; and of the same with every input padded to 512, as the
+            official code does. Same model, examples, optimiser; dropout off in all of them.
+stages      seconds of every stage and schedule beside their FLOPs, FLOP/s as a share of those of
+            the largest matrix product, measured beside it; growing, scoring, evaluating
+memory      peaks of pt, of cr after each growth, and of PEFT, each in a process of its own
+scaling     how seconds grow with batch, input length, prompt length and depth
+overhead    of Python and framework in an update of the micro model
 """
 
-import argparse
-import bisect
-import copy
-import functools
-import json
-import os
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
+import argparse, copy, functools, json, os, platform  # noqa: E401
+import re, resource, statistics, subprocess, sys, time  # noqa: E401
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,89 +33,75 @@ SHAPES = {  # the published configurations; their weights are random here
 # more of them: it is the longest of a shuffled batch that pads the others.
 PERCENT = (0, 5, 10, 20, 30, 40, 50, 60, 70, 75, 80, 85, 90, 95, 97, 98, 99, 99.5, 99.8, 100)
 RTE = (17, 35, 40, 48, 54, 60, 66, 73, 86, 100, 119, 138, 154, 177, 191, 208, 223, 231, 256, 313)
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 TARGET = 6  # tokens of "<extra_id_0>entailment</s>"
 PARTS = ("throughput", "stages", "memory", "scaling", "overhead")
 
 
 def make_parser():
     parser = argparse.ArgumentParser("bench.py", allow_abbrev=False,
-                                     description="Measure what prompt tuning costs, offline.")
-    parser.error = lambda message: parser.exit(2, f"bench.py: error: {message}; see --help\n")
-    for name, values, chosen in (("shape", SHAPES, ["t5-small", "t5-base"]),
-                                 ("precision", ("fp32", "bf16"), ["fp32", "bf16"]),
-                                 ("part", PARTS, list(PARTS))):
-        parser.add_argument(f"--{name}", nargs="+", choices=values, default=chosen,
-                            help=f"of {', '.join(values)} (default: {' '.join(chosen)})")
-    for name, value, text in (("batch", 32, "examples per update"), ("prompt-length", 20, "P"),
-                              ("rounds", 5, "turns of each contender"),
-                              ("threads", 0, "CPU threads; 0 means torch's choice")):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--compile", action="store_true", help="torch.compile each stage's model")
-    parser.add_argument("--out", default="", help="new json file for the numbers")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)  # of the part memory
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda text: parser.exit(2, f"bench.py: error: {text}; see --help\n")
+    add = parser.add_argument
+    add("--shape", nargs="+", choices=SHAPES, default=["t5-small", "t5-base"], help="of the model")
+    add("--precision", nargs="+", choices=PRECISIONS, default=[*PRECISIONS], help="of its weights")
+    add("--part", nargs="+", choices=PARTS, default=list(PARTS), help="of the measurements")
+    add("--batch", type=int, default=32, help="examples per update")
+    add("--prompt-length", type=int, default=20, help="P")
+    add("--rounds", type=int, default=5, help="turns of each contender")
+    add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--compile", action="store_true", help="torch.compile each stage's model")
+    add("--out", default="", help="new json file for the numbers")
+    add("--child", default="", help=argparse.SUPPRESS)  # of the part memory
     return parser
 
 
 if __name__ == "__main__":
     ARGS = make_parser().parse_args()
 
-import torch  # noqa: E402
+import numpy, pandas, torch  # noqa: E401, E402
+from transformers import T5Config, T5ForConditionalGeneration  # noqa: E402
 
 import fpt  # noqa: E402
 
 
 def build(shape: str, precision: str, device, layers: int = 0):
     """A T5 of this shape with random weights, frozen, without dropout."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(**{"vocab_size": 32128, "decoder_start_token_id": 0, **SHAPES[shape]})
+    config = T5Config(**{"vocab_size": 32128, "decoder_start_token_id": 0, "dropout_rate": 0.0,
+                         "dtype": PRECISIONS[precision], **SHAPES[shape]})
     config.num_layers = config.num_decoder_layers = layers or config.num_layers
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = T5ForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(device):
+        model = T5ForConditionalGeneration._from_config(config)
     return model.eval().requires_grad_(False)
 
 
-def rows(lengths, vocabulary: int = 32000) -> list:
-    """Random examples with sources of these lengths."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(count):
-        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
-
-    return [fpt.Encoded(None, draw(length - 1) + [1], draw(TARGET - 1) + [1])
-            for length in lengths]
+def random_batch(lengths, vocabulary: int = 32000) -> dict:
+    """Random examples with sources of these lengths; one padded position makes a mask, as usual."""
+    draw = functools.partial(torch.randint, 3, vocabulary, generator=fpt.rng("examples"))
+    rows = [[[*draw((count - 1,)).tolist(), 1] for count in (length, TARGET)] for length in lengths]
+    rows[0][0].pop()
+    return fpt.collate(rows)
 
 
 def epoch_lengths(batch: int) -> tuple[list[int], list[int]]:
     """Padded lengths of the batches of an epoch as RTE's: fpt.py's, and those of a shuffle."""
-    lengths = [round(between(dict(zip(PERCENT, RTE)), 100 * i / 1983)) for i in range(1984)]
-    examples = [fpt.Encoded(None, [0] * length, []) for length in lengths]
+    lengths = numpy.interp(numpy.arange(1984) / 19.83, PERCENT, RTE).round().astype(int)
     count = len(lengths) // batch
-    ours = [max(len(row.source) for row in rows)
-            for rows, _ in zip(fpt.batches(examples, list, 0, batch), range(count))]
-    mixed = torch.randperm(len(lengths), generator=fpt.rng("shuffle")).tolist()
-    theirs = [max(lengths[i] for i in mixed[k * batch:(k + 1) * batch]) for k in range(count)]
-    return ours, theirs
-
-
-def synchronize(device):
-    """A GPU runs behind; wait for it before reading a clock."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    batch_at = fpt.batches([([0] * length, [1]) for length in lengths], list, 0, batch)
+    ours = [batch_at(step)["input_ids"].shape[1] for step in range(1, count + 1)]
+    mixed = torch.randperm(len(lengths), generator=fpt.rng("shuffle"))[:count * batch]
+    return ours, lengths[mixed.numpy()].reshape(count, batch).max(1).tolist()
 
 
 def seconds(run, device) -> float:
-    synchronize(device)
+    """Of one call; a GPU runs behind, so wait for it before reading a clock."""
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else int
+    wait()
     start = time.perf_counter()
     run()
-    synchronize(device)
+    wait()
     return time.perf_counter() - start
 
 
@@ -138,16 +114,15 @@ def alternate(contenders: dict, rounds: int, device) -> dict:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def updater(model, args, batch: int = 0, length: int = 82, prompt_length: int = 0):
+def updater(model, args, batch: int = 0, length: int = 82, prompt_length: int = 0, parts: int = 1):
     """-> a function that makes one update of `fpt.py` on sources of `length` tokens."""
     weight = torch.randn(prompt_length or args.prompt_length, model.config.d_model) * 0.3
     prompt = fpt.SoftPrompt(weight).to(model.device)
     optimizer = fpt.adafactor(prompt, 0.3)
-    part = rows([length] * (batch or args.batch), min(32000, model.config.vocab_size))
-    part[0].source.pop()  # one padded position: a mask is made, as in a real batch
+    rows = random_batch([length] * (batch or args.batch), min(32000, model.config.vocab_size))
 
     def update():
-        fpt.gradient(model, prompt, [[part]])
+        fpt.gradient(model, prompt, rows, parts)
         optimizer.step()
         optimizer.zero_grad()
     return update
@@ -159,28 +134,16 @@ def peft_updater(model, args, length: int):
 
     wrapped = peft.get_peft_model(copy.copy(model), peft.PromptTuningConfig(
         task_type="SEQ_2_SEQ_LM", num_virtual_tokens=args.prompt_length)).eval()
-    prompt = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = fpt.adafactor(argparse.Namespace(weight=prompt[0]), 0.3)
-    part = rows([length] * args.batch)
-    part[0].source.pop()
+    [prompt] = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = fpt.adafactor(argparse.Namespace(weight=prompt), 0.3)
+    batch = random_batch([length] * args.batch)
 
     def update():
-        wrapped(**fpt.collate(part, model.device)).loss.backward()
+        wrapped(**{name: rows.to(model.device) for name, rows in batch.items()}).loss.backward()
         torch.nn.utils.clip_grad_norm_(prompt, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return update
-
-
-def between(points: dict[float, float], at: float) -> float:
-    """The value at `at`: linear between the points, and beyond the last two."""
-    known = sorted(points)
-    if len(known) == 1:
-        return points[known[0]]
-    place = min(max(bisect.bisect(known, at), 1), len(known) - 1)
-    low, high = known[place - 1:place + 1]
-    share = (at - low) / (high - low)
-    return points[low] + share * (points[high] - points[low])
 
 
 def throughput(model, args) -> dict:
@@ -188,68 +151,55 @@ def throughput(model, args) -> dict:
 
     A contender is timed at a few of the lengths that its batches have, the rest is linear.
     """
-    ours, theirs = (sorted(lengths) for lengths in epoch_lengths(args.batch))
+    ours, theirs = map(sorted, epoch_lengths(args.batch))
     epochs = {"fpt.py": ours, "PEFT": theirs, "padded to 512": [512 - args.prompt_length]}
-    loop = functools.partial(peft_updater, model, args)
-    make = {"fpt.py": lambda length: updater(fpt.absorbed(model), args, length=length),
-            "PEFT": loop, "padded to 512": loop}
-    lengths = {name: sorted({found[int(share * (len(found) - 1))] for share in (0, 0.5, 0.95)})
+    make = dict.fromkeys(epochs, functools.partial(peft_updater, model, args))
+    make["fpt.py"] = lambda length: updater(fpt.absorbed(model), args, length=length)
+    lengths = {name: sorted({found[int(share * (len(found) - 1))] for share in (0, 0.5, 0.9, 1)})
                for name, found in epochs.items()}
     spent = alternate({(name, length): make[name](length)
                        for name in epochs for length in lengths[name]}, args.rounds, model.device)
-    result = {}
+    rates = {}
     for name, found in epochs.items():
         points = {length: spent[name, length] for length in lengths[name]}
-        mean = statistics.mean(between(points, length) for length in found)
-        result[name] = {"examples_per_second": args.batch / mean, "seconds_at_length": points}
-    best = result["fpt.py"]["examples_per_second"]
-    return {name: {**row, "fpt.py_is_faster_by": best / row["examples_per_second"]}
-            for name, row in result.items()}
-
-
-def product(model):
-    """-> a function that multiplies two 4096 x 4096 matrices of the model's precision; FLOPs."""
-    a, b = (torch.randn(4096, 4096, device=model.device, dtype=model.dtype) for _ in range(2))
-    return lambda: a @ b.T, 2 * 4096 ** 3
+        mean = numpy.interp(found, list(points), list(points.values())).mean().item()
+        rates[name] = {"examples_per_second": args.batch / mean, "seconds_at_length": points}
+    best = rates["fpt.py"]["examples_per_second"]
+    for row in rates.values():
+        row["fpt.py_is_faster_by"] = best / row["examples_per_second"]
+    return rates
 
 
 def stages(model, args) -> dict:
     """Seconds and FLOPs of every stage over those of `pt`, and what growing and scoring cost."""
-    width = model.config.d_ff
-    scores = {side: [torch.rand(width, device=model.device)] * len(getattr(model, side).block)
-              for side in ("encoder", "decoder")}
-    kinds = {stage[:2] for schedule in fpt.SCHEDULES.values() for stage in schedule}
+    scores = {side: [torch.rand(model.config.d_ff, device=model.device)] * len(stack.block)
+              for side, stack in (("encoder", model.encoder), ("decoder", model.decoder))}
     partials = {kind: fpt.absorbed(fpt.partial_t5(model, *kind, scores, decoder=False))
-                for kind in sorted(kinds)}
-    shape = args.batch, args.prompt_length + 82, TARGET
-    flops = {kind: fpt.step_flops(partial, *shape) for kind, partial in partials.items()}
+                for kind in sorted({stage[:2] for row in fpt.SCHEDULES.values() for stage in row})}
+    flops = {kind: fpt.step_flops(partial, args.batch, args.prompt_length + 82, TARGET)
+             for kind, partial in partials.items()}
     runs = {kind: updater(partial, args) for kind, partial in partials.items()}
-    if args.compile:
-        for kind, partial in partials.items():
-            compiled = copy.copy(partial)
-            compiled.forward = torch.compile(partial.forward)
-            runs["compiled", *kind] = updater(compiled, args)
-    multiply, product_flops = product(model)
-    prompt, part = fpt.SoftPrompt(torch.zeros(args.prompt_length, model.config.d_model)), rows(
-        [82] * args.batch)
-    prompt, batch = prompt.to(model.device), fpt.collate(part, model.device)
-    absorbed = fpt.absorbed(model)
+    for kind, partial in partials.items() if args.compile else ():
+        compiled = copy.copy(partial)
+        compiled.forward = torch.compile(partial.forward)
+        runs["compiled", *kind] = updater(compiled, args)
+    square = torch.randn(4096, 4096, device=model.device, dtype=model.dtype)
+    prompt = fpt.SoftPrompt(torch.zeros(args.prompt_length, model.config.d_model)).to(model.device)
+    batch = {key: rows.to(model.device) for key, rows in random_batch([82] * args.batch).items()}
 
     @torch.no_grad()
-    def evaluate():  # one batch with two labels
+    def evaluate():  # one batch with two labels, as `fpt.evaluate` does it
         embeds, mask = prompt(model.shared(batch["input_ids"]), batch["attention_mask"])
-        fpt.label_likelihood(absorbed, embeds, mask, [part[0].target, part[1].target])
+        source = model.encoder(inputs_embeds=embeds, attention_mask=mask)
+        for _ in range(2):
+            fpt.token_losses(partials[1.0, 1.0], mask, batch["labels"], encoder_outputs=source)
 
     spent = alternate({
-        **runs, "product": multiply, "evaluate": evaluate,
+        **runs, "product": lambda: square @ square.T, "evaluate": evaluate,
         "score": lambda: fpt.neuron_scores(model, prompt.weight, [batch] * 2),
         "grow": lambda: [fpt.partial_t5(model, *stage[:2], scores, decoder=False)
                          for stage in fpt.SCHEDULES["cr"]]}, args.rounds, model.device)
-    return summary(spent, flops, product_flops / spent["product"], args)
-
-
-def summary(spent: dict, flops: dict, rate: float, args) -> dict:
-    full = (1.0, 1.0)
+    rate, full = 2 * 4096 ** 3 / spent["product"], (1.0, 1.0)
     each = [{"depth": kind[0], "width": kind[1], "seconds": spent[kind],
              "seconds_over_pt": spent[kind] / spent[full], "flops_over_pt": count / flops[full],
              "flops_per_second": count / spent[kind],
@@ -276,51 +226,42 @@ def peak(device) -> float:
 def child(args, device) -> dict:
     """Peak memory of one way to train, after each stage: as `fpt.train` does it."""
     model = build(args.shape[0], args.precision[0], device)
-    weights, lengths = peak(device), (60, 150, 313)
-    if args.child == "PEFT":
-        for length in lengths:
-            peft_updater(model, args, length)()
-        return {"weights": weights, "peaks": [peak(device)]}
-    prompt = fpt.SoftPrompt(torch.randn(args.prompt_length, model.config.d_model) * 0.3).to(device)
-    name, peaks, scores, optimizer = args.child, [], None, fpt.adafactor(prompt, 0.3)
+    weights, lengths, name, peaks = peak(device), (60, 150, 313), args.child, []
+    scores = partial = update = None
     if name == "cr":
-        batches = [fpt.collate(rows([length] * args.batch), device) for length in (60, 100)]
-        scores = fpt.neuron_scores(model, prompt.weight, batches)
+        scores = fpt.neuron_scores(model, torch.randn(args.prompt_length, model.config.d_model),
+                                   [random_batch([length] * args.batch) for length in (60, 100)])
+    if "checkpointing" in name:  # as `fpt.prepare`
+        model.activation_checkpointing_enable()
+        model.disable_input_require_grads()
+        model.train()
     for stage in fpt.SCHEDULES["cr" if name == "cr" else "pt"]:
-        partial = None
+        partial = update = None  # the old one's matrices go before there are new ones
         partial = fpt.absorbed(fpt.partial_t5(model, *stage[:2], scores, decoder=False))
-        runner = fpt.checkpointed(partial) if "checkpointing" in name else partial
-        parts = 4 if "accumulate" in name else 1
         for length in lengths:
-            fpt.gradient(runner, prompt, fpt.split(rows([length] * args.batch), 1, parts))
-            optimizer.step()
-            optimizer.zero_grad()
+            update = peft_updater(model, args, length) if name == "PEFT" else updater(
+                partial, args, length=length, parts=4 if "accumulate" in name else 1)
+            update()
         peaks.append(peak(device))
     return {"weights": weights, "peaks": peaks}
 
 
 def memory(shape: str, precision: str, args) -> dict:
     """Peaks of processes that each train in one way; their last batches are RTE's longest."""
-    def measure(name):
+    found = {}
+    for name in ("pt", "cr", "PEFT", "pt accumulate 4", "pt checkpointing"):
         command = [sys.executable, __file__, "--child", name, "--shape", shape, "--precision",
                    precision, "--device", args.device, "--batch", str(args.batch),
                    "--prompt-length", str(args.prompt_length), "--threads", str(args.threads)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise fpt.UserError(f"memory of {name}: {done.stderr.strip().splitlines()[-1]}")
-        return json.loads(done.stdout)
-
-    found = {name: measure(name) for name in (
-        "pt", "cr", "PEFT", "pt accumulate 4", "pt checkpointing")}
-    for row in found.values():
-        row["peak_over_pt"] = row["peaks"][-1] / found["pt"]["peaks"][-1]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[name] = json.loads(done.stdout)
+        found[name]["peak_over_pt"] = found[name]["peaks"][-1] / found["pt"]["peaks"][-1]
     return found
 
 
 def scaling(precision: str, args, device) -> dict:
     """Seconds of an update of `pt` on t5-small, one knob at a time."""
-    models = {layers: fpt.absorbed(build("t5-small", precision, device, layers))
-              for layers in (6, 12, 24)}
+    models = {n: fpt.absorbed(build("t5-small", precision, device, n)) for n in (6, 12, 24)}
     runs = {("batch", n): updater(models[6], args, batch=n) for n in (8, 16, 32, 64)}
     runs |= {("source tokens", n): updater(models[6], args, length=n) for n in (32, 82, 256, 492)}
     runs |= {("prompt length", n): updater(models[6], args, prompt_length=n) for n in (5, 20, 100)}
@@ -333,51 +274,31 @@ def scaling(precision: str, args, device) -> dict:
 
 def overhead(args) -> dict:
     """An update of the micro model beside one that has next to nothing to compute."""
-    torch.set_num_threads(1)  # of the default task; its matrices are too small for two
-    model, _ = fpt.load_model(str(ROOT / "micro" / "model"), torch.device("cpu"), "fp32")
-    model = fpt.absorbed(model)
+    torch.set_num_threads(1)  # its matrices are too small for two
+    device = torch.device("cpu")
+    model = fpt.absorbed(fpt.load_model(str(fpt.MICRO / "model"), device, "fp32")[0])
     spent = alternate({"update": updater(model, args, length=20),
                        "nothing": updater(model, args, batch=1, length=2, prompt_length=1)},
-                      10 * args.rounds, torch.device("cpu"))
+                      10 * args.rounds, device)
     return {**spent, "share": spent["nothing"] / spent["update"]}
 
 
 def machine(device) -> dict:
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    name = re.search("model name.*: (.*)", f"{text}\nmodel name: {platform.machine()}")[1]
     return {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            **fpt.versions()}
-
-
-def show(title: str, result) -> None:
-    """A result as text: nested names become a path in front of each number."""
-    def lines(value, path):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from lines(inner, (*path, str(key)))
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            from tabulate import tabulate
-
-            yield "\n" + tabulate([{k: v for k, v in row.items() if v is not None}
-                                   for row in value], headers="keys", floatfmt=".4g") + "\n"
-        else:
-            numbers = value if isinstance(value, list) else [value]
-            yield f"{' / '.join(path):<60} {' '.join(f'{number:.4g}' for number in numbers)}"
-
-    print(f"\n{title}\n" + "\n".join(lines(result, ())), flush=True)
+            "torch": torch.__version__, "transformers": sys.modules["transformers"].__version__}
 
 
 def main(args) -> None:
     if args.batch < 4 or min(args.prompt_length, args.rounds) < 1 or args.threads < 0:
-        raise fpt.UserError("--batch must be at least 4, --prompt-length and --rounds 1")
+        make_parser().error("--batch must be at least 4, --prompt-length and --rounds 1")
     if args.out and Path(args.out).exists():
-        raise fpt.UserError(f"--out {args.out} exists, and nothing is overwritten: name another")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = fpt.pick_device(args.device)
+        make_parser().error(f"--out {args.out} exists, and nothing is overwritten: name another")
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    best = str(fpt.PartialState().device)
+    device = torch.zeros(1, device=args.device.replace("auto", best)).device
     if args.child:
         print(json.dumps(child(args, device)))
         return
@@ -385,10 +306,14 @@ def main(args) -> None:
     print(json.dumps(record["machine"]))
 
     def keep(title, result):
-        show(title, result)
         record["results"][title] = result
+        shown, rest = {"index": False, "float_format": "{:.4g}".format}, dict(result)
+        table = pandas.DataFrame(rest.pop("stages", [])).dropna(axis=1)
+        rest = pandas.json_normalize(rest, sep=" / ").T.reset_index()  # a path before each number
+        print(f"\n{title}\n{table.to_string(**shown) if len(table) else ''}\n"
+              f"{rest.to_string(header=False, **shown)}", flush=True)
         if args.out:
-            fpt.write(Path(args.out), json.dumps(record, indent=1))
+            Path(args.out).write_text(json.dumps(record, indent=1))
 
     for shape in args.shape:
         for precision in args.precision:
@@ -408,8 +333,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (fpt.UserError, torch.OutOfMemoryError) as error:
-        print(f"bench.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(2) from None
+    main(ARGS)

@@ -14,7 +14,9 @@ search    schedules, on tasks that are not reported elsewhere, seeds 0 to 2: wha
 
 import argparse, collections, contextlib, itertools, json, math  # noqa: E401
 import multiprocessing, re, shutil, sys, zlib  # noqa: E401
+from collections.abc import Callable
 from concurrent import futures
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -53,12 +55,10 @@ def nested(total: int, keep: int) -> list[int]:
     return kept
 
 
-def random_layers(seed: int):
-    """Layer 0, which owns the position bias, and others drawn anew for each size."""
-    def rule(total, keep):
-        drawn = torch.randperm(total - 1, generator=fpt.rng(seed, "layers", keep)) + 1
-        return sorted([0, *drawn[:keep - 1].tolist()])
-    return rule
+def random_layers(seed: int, total: int, keep: int) -> list[int]:
+    """Layer 0, which owns the position bias, and others drawn anew for each seed and size."""
+    drawn = torch.randperm(total - 1, generator=fpt.rng(seed, "layers", keep)) + 1
+    return sorted([0, *drawn[:keep - 1].tolist()])
 
 
 def random_neurons(model, prompt, batches):
@@ -84,24 +84,22 @@ class Change(NamedTuple):
     schedule: str = "cr"
     share: float = 1.0
     flags: tuple[str, ...] = ()
-    replaced: dict = {}
+    replaced: Callable = lambda seed: {}
 
 
 CHANGES = {
     "none": Change(),
-    "layers nested": Change(replaced={"kept_layers": lambda seed: nested}),
-    "layers random": Change(replaced={"kept_layers": random_layers}),
-    "neurons random": Change(replaced={"neuron_scores": lambda seed: random_neurons}),
-    "optimiser reset": Change(replaced={"train": lambda seed: forgetful}),
+    "layers nested": Change(replaced=lambda seed: {"kept_layers": nested}),
+    "layers random": Change(replaced=lambda seed: {"kept_layers": partial(random_layers, seed)}),
+    "neurons random": Change(replaced=lambda seed: {"neuron_scores": random_neurons}),
+    "optimiser reset": Change(replaced=lambda seed: {"train": forgetful}),
     "start labels": Change(flags=("--init", "labels")),
-    "length 5": Change(flags=("--prompt-length", "5")),
-    "length 50": Change(flags=("--prompt-length", "50")),
+    **{f"length {P}": Change(flags=("--prompt-length", P)) for P in ("5", "50")},
     "pt": Change("pt"),
     "pt, the FLOPs of cr": Change("pt", 0.637),  # measured, on these tasks
     "pt, the full updates alone": Change("pt", 0.4),
     "pt, start labels": Change("pt", flags=("--init", "labels")),
-    "pt, length 5": Change("pt", flags=("--prompt-length", "5")),
-    "pt, length 50": Change("pt", flags=("--prompt-length", "50")),
+    **{f"pt, length {P}": Change("pt", flags=("--prompt-length", P)) for P in ("5", "50")},
 }
 
 # ====== Cells =====================================================================================
@@ -109,17 +107,12 @@ CHANGES = {
 
 def cells(parts, seeds) -> list[tuple[str, str, str, int]]:
     """(task, schedule, change, seed), the most telling first."""
-    found = []
-    for seed in seeds:
-        if {"table", "transfer"} & set(parts):  # transfer needs the prompts
-            found += [(task, schedule, "", seed) for task in REPORTED
-                      for schedule in (*FIXED, *PRESETS)]
-        if "change" in parts:
-            found += [(task, change.schedule, name, seed) for task in REPORTED
-                      for name, change in CHANGES.items()]
-        if "search" in parts and seed < 3:
-            found += [(task, schedule, "", seed) for task in CHOOSING for schedule in SEARCH]
-    return found
+    plain = [(name, "") for name in (*FIXED, *PRESETS) if {"table", "transfer"} & set(parts)]
+    changed = [(change.schedule, name) for name, change in CHANGES.items() if "change" in parts]
+    return [(task, *kind, seed) for seed in seeds for kinds, tasks in (
+        (plain, REPORTED), (changed, REPORTED),
+        ([(name, "") for name in SEARCH if "search" in parts and seed < 3], CHOOSING))
+        for task in tasks for kind in kinds]
 
 
 def place(out: Path, task, schedule, change, seed) -> Path:
@@ -135,24 +128,21 @@ def run_cell(args, cell) -> dict:
     steps = round(args.steps / 2 * change.share) if name else args.steps  # the docstring says why
     if not list(folder.glob("*/results.json")):
         shutil.rmtree(folder, ignore_errors=True)  # a change does not know what came before a stop
-        with contextlib.ExitStack() as changed, contextlib.redirect_stdout(None):
-            for what, replacement in change.replaced.items():
-                changed.enter_context(mock.patch.object(fpt, what, replacement(seed)))
+        with mock.patch.dict(vars(fpt), change.replaced(seed)), contextlib.redirect_stdout(None):
             fpt.main(["--model", str(args.model), "--task", str(tasks / task), "--out", str(folder),
                       "--schedule", schedule, "--seed", str(seed), "--steps", str(steps),
                       "--eval-every", str(args.eval_every), "--dev", "200", "--limit", "500",
                       "--threads", "1", "--device", "cpu", *change.flags])
     [path] = folder.glob("*/results.json")
     run = json.loads(path.read_text())
-    kept = {key: [row[key] for row in run["log"]] for key in ("step", "best")} | {
-        "flops": [round(row["flops"] / 1e6) for row in run["log"]]}  # in millions
+    kept = {key: [row[key] for row in run["log"]] for key in ("step", "best", "flops")}
     return {"task": task, "schedule": schedule, "change": name, "seed": seed, **kept,
             "validation": fpt.main_score(run["validation"]), "full_updates": run["full_steps"],
-            "seconds": round(run["seconds"], 1)}
+            "seconds": run["seconds"]}
 
 
 def prompt_of(args, task, schedule, seed):
-    """The chosen prompt of a cell without a change."""
+    """The chosen prompt [P, d] of a cell without a change."""
     return fpt.load_prompt(next(place(args.out, task, schedule, "", seed).glob("*/prompt")))
 
 
@@ -162,31 +152,28 @@ def transfer(args, task, seed) -> dict:
     model, tokenizer, (labels, train, _, validation), starts, _ = fpt.prepare(config)
     rows = fpt.batches(train, lambda part: fpt.encode(tokenizer, labels, config.max_source, part),
                        f"scores {seed}", config.batch, pool=1)  # as `fpt.tune` draws them
-    count = math.ceil(config.score_examples / config.batch)
-    scores = fpt.neuron_scores(model, starts[seed], [rows(i + 1) for i in range(count)])
+    scores = fpt.neuron_scores(model, starts[seed], [rows(1), rows(2)])
     matrix = [[] for _ in FIXED]
     for name in FIXED:
-        partial = fpt.partial_t5(model, *fpt.parse_schedule(name)[0][:2], scores, decoder=False)
+        part = fpt.partial_t5(model, *fpt.parse_schedule(name)[0][:2], scores, decoder=False)
         for row, trained_on in zip(matrix, FIXED):
             prompt = fpt.SoftPrompt(prompt_of(args, task, trained_on, seed))
-            found, _ = fpt.evaluate(partial, prompt, tokenizer, labels, validation, config)
+            found, _ = fpt.evaluate(part, prompt, tokenizer, labels, validation, config)
             row.append(fpt.main_score(found))
     return {"task": task, "seed": seed, "models": FIXED, "validation": matrix}
 
 
 def cosines(args) -> dict[str, float]:
-    """Of chosen prompts, flattened, with that of `pt`: mean of tasks and seeds, with controls.
-
-    A prompt shares its start and its batches with those of its seed. What makes a cosine mean
-    something is that of `pt` with another seed, with another task, and of random prompts.
+    """Of chosen prompts, flattened, with that of `pt`, which shares their start and their batches:
+    mean of tasks and seeds. Controls: `pt` of another seed, of another task, random prompts.
     """
-    prompts = {key: prompt_of(args, *key).flatten()
-               for key in itertools.product(REPORTED, COMPOUND, args.seed)}
-    found = collections.defaultdict(list)
+    found, prompts = collections.defaultdict(list), {
+        key: prompt_of(args, *key).flatten()
+        for key in itertools.product(REPORTED, COMPOUND, args.seed)}
     for first, second in itertools.permutations(prompts, 2):
-        same = tuple(a == b for a, b in zip(first, second))  # task, schedule, seed
-        title = {(True, False, True): f"`{first[1]}`, same seed", (True, True, False):
-                 "`pt`, other seed", (False, True, True): "`pt`, other task"}.get(same)
+        same = "".join("=" if a == b else "x" for a, b in zip(first, second))  # task, model, seed
+        title = {"=x=": f"`{first[1]}`, same seed", "==x": "`pt`, other seed",
+                 "x==": "`pt`, other task"}.get(same)
         if title and second[1] == "pt":
             found[title].append(torch.cosine_similarity(prompts[first], prompts[second], dim=0))
     drawn = torch.randn(2, 100, len(prompts[first]), generator=fpt.rng("random prompts"))
@@ -276,8 +263,9 @@ def tables(record: dict) -> str:
                   markdown("Gain over `pt` stopped early", gains),
                   markdown("FLOPs to 99 % of the score of `pt`", goals(plain).loc[PRESETS])]
     if len(changed):
-        found.append(markdown("One change", table(changed, CHANGES, lambda name: (
-            "pt" if name.startswith("pt,") and CHANGES[name].flags else "none"))))
+        text = table(changed, CHANGES, lambda name: (
+            "pt" if name.startswith("pt,") and CHANGES[name].flags else "none"))
+        found.append(markdown("One change", text))
     if len(chosen):
         text = table(chosen, SEARCH).assign(**{"to 99 %": goals(chosen)["mean"]})
         found.append(markdown("Schedules on the choosing tasks", text))
@@ -307,17 +295,13 @@ def alike(found: dict) -> pandas.DataFrame:
 
 # ====== Figures ===================================================================================
 
-STYLES = {"pt": ("black", "-"), "cr": ("0.35", "--"), "fast": ("0.1", ":")}
 TITLES = {"study": "shipped model", "study-whole": "made without sub-networks"}
 
 
 def draw_schedule(name: str = "cr", layers: int = 12):
-    """A column for each stage, as wide as its share of the updates; a bar for each layer.
-
-    Dark is what runs. The thin line below is the prompt, which goes through all of it.
-    """
-    plot, start = Figure(figsize=(7, 3.9), layout="constrained"), 0.0
-    axes = plot.subplots()
+    """A column for each stage, as wide as its share of the updates; dark is what runs."""
+    plot = Figure(figsize=(7, 3.9), layout="constrained")
+    axes, start = plot.subplots(), 0.0
     for depth, width, share in fpt.SCHEDULES[name]:
         kept = fpt.kept_layers(layers, fpt.share_of(layers, depth))
         for color, rows, part in ("0.9", range(layers), 1), ("0.25", kept, width):
@@ -327,9 +311,9 @@ def draw_schedule(name: str = "cr", layers: int = 12):
                   s=f"{len(kept)} layers,\n{100 * width:g} % of d_ff")
         start += share
     axes.annotate("", (1, -1.1), (0, -1.1), arrowprops={"arrowstyle": "->", "lw": 1.6})
-    axes.text(0.5, -1.0, "the same prompt, the same optimiser", ha="center", va="bottom")
-    axes.set(xlim=(0, 1), ylim=(-1.6, layers + 2.2), xlabel="share of the updates",
-             ylabel="layer of the encoder", yticks=[0.5, layers - 0.5], yticklabels=[0, layers - 1])
+    axes.text(0.5, -1, "the same prompt, the same optimiser", ha="center", va="bottom")
+    axes.set(xlim=(0, 1), ylim=(-1.6, layers + 2.2), xlabel="share of the updates", ylabel="layer")
+    axes.set_yticks([0.5, layers - 0.5], [0, layers - 1])
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     return plot
@@ -343,7 +327,7 @@ def draw_curves(records: dict[str, dict]):
         cells = pandas.DataFrame(record["cells"]).query("change == '' and task in @REPORTED")
         cells = cells.set_index(["schedule", "task", "seed"])
         ends = cells.flops["pt"].str[-1]
-        for name, (color, line) in STYLES.items():
+        for name, color, line in ("pt", "black", "-"), ("cr", "0.35", "--"), ("fast", "0.1", ":"):
             flops, best = (pandas.DataFrame(cells[key][name].to_list(), cells.loc[name].index)
                            for key in ("flops", "best"))  # a row for each task and seed
             x, y = flops.div(ends, axis=0).mean().to_list(), best.mean().to_list()
@@ -357,24 +341,19 @@ def draw_curves(records: dict[str, dict]):
 
 def draw_transfer(records: dict[str, dict]):
     """A square for each pair: dark is a high validation score, and its number is in it."""
-    names = ["full" if name == "pt" else name.removesuffix(":1") for name in FIXED]
     plot = Figure(figsize=(5.6, 5.2 * len(records)), layout="constrained")
+    places, names = range(len(FIXED)), [name.removesuffix(":1") for name in FIXED]
     panels = plot.subplots(len(records), squeeze=False)[:, 0]
     for axes, (title, record) in zip(panels, records.items()):
         found = transferred(record).to_numpy()
         axes.imshow(found, cmap="Greys", vmin=30, vmax=110)
-        for i, j in itertools.product(range(len(names)), repeat=2):
+        for i, j in itertools.product(places, places):
             axes.text(j, i, f"{found[i, j]:.0f}", ha="center", va="center", fontsize=9,
-                      color="white" if found[i, j] > 75 else "black",
-                      weight="bold" if i == j else "normal")
-        axes.set_xticks(range(len(names)), names, rotation=60)
-        axes.set_yticks(range(len(names)), names)
-        axes.set(title=title, ylabel="prompt trained on (depth x width)",
-                 xlabel="... and used, untouched, on")
+                      color="white" if found[i, j] > 75 else "black")
+        axes.set_xticks(places, names, rotation=60)
+        axes.set_yticks(places, names)
+        axes.set(title=title, xlabel="... and used, untouched, on", ylabel="prompt trained on")
     return plot
-
-
-# ====== main ======================================================================================
 
 
 def make_parser():
@@ -389,7 +368,7 @@ def make_parser():
     add("--model", type=Path, default=ROOT / "micro" / "model", help="a micro model (the shipped)")
     add("--steps", type=int, default=600, help="updates; of the part change half (%(default)s)")
     add("--eval-every", type=int, default=20, help="(%(default)s)")
-    add("--processes", type=int, default=2, help="at a time (%(default)s)")
+    add("--processes", type=int, default=2, help="(%(default)s)")
     return parser
 
 
@@ -400,9 +379,9 @@ def main(args) -> None:
     if args.draw:
         records = {title: json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                    for name, title in TITLES.items()}
-        for name, plot in {"schedule": draw_schedule(), "study": draw_curves(records),
-                           "transfer": draw_transfer(records)}.items():
-            plot.savefig(args.draw / f"{name}.png", dpi=150)
+        draw_schedule().savefig(args.draw / "schedule.png", dpi=150)
+        draw_curves(records).savefig(args.draw / "study.png", dpi=150)
+        draw_transfer(records).savefig(args.draw / "transfer.png", dpi=150)
         return
     make.main(["--tasks", str(args.out / "tasks")])  # the same bytes each time
     record = {"settings": {key: str(value) for key, value in vars(args).items()}, "cells": [],
