@@ -4,7 +4,7 @@
     python fpt.py --model t5-base --task rte  # FPT: schedule cr, the paper's 30,000 updates
     python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # and a comparison
     python fpt.py --model PATH/TO/T5 --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000
-    python fpt.py --resume runs/FOLDER        # after a stop of any kind: on, to the same bytes
+    python fpt.py --resume runs/FOLDER        # after a stop of any kind: on, to the same prompt
 
 Prompt tuning (PT, Lester et al. 2021) learns P vectors in front of the input embeddings of a
 frozen T5. Few parameters, but every update runs the whole model forward and backward. FPT (Huang
@@ -62,7 +62,7 @@ MICRO = Path(__file__).resolve().parent / "micro"  # a model and a task like any
 MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 25, "dev": 250,
              "threads": 1}
 # What may differ when a command goes on (--resume): how it computes and where, not what.
-FREE = {"accumulate", "checkpointing", "device", "threads", "out", "resume", "versions"}
+FREE = {"accumulate", "device", "threads", "out", "resume", "versions"}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -82,7 +82,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=int, default=30_000, help="updates; the stages scale with it")
     add("--batch", type=int, default=32, help="examples per update")
     add("--prompt-length", type=int, default=20, help="P, vectors in the soft prompt")
-    add("--init", default="uniform", help="uniform, vocab, labels, or folder of a saved prompt")
+    add("--init", default="uniform", help="uniform, vocab, labels, or the folder of a saved prompt")
     add("--lr", type=float, default=0.3, help="constant learning rate of Adafactor")
     add("--eval-every", type=int, default=500, help="updates between evaluations, which save, too")
     add("--dev", type=int, default=500, help="train examples, a fifth at most, to choose a prompt")
@@ -167,7 +167,7 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
         embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
         embeds, mask["encoder"] = soft_prompt(embeds, batch["attention_mask"])  # [B, P+T, d]
         mask["decoder"] = batch["labels"] != -100  # [B, S]
-        token_losses(model, mask["encoder"], batch["labels"], inputs_embeds=embeds)
+        token_losses(model, mask["encoder"], batch["labels"], inputs_embeds=embeds)  # calls `add`
         count += len(embeds)
     for hook in hooks:
         hook.remove()
@@ -200,7 +200,7 @@ def narrowed(block, scores: Tensor, width: float):
     """
     ffn = f"layer.{len(block.layer) - 1}.DenseReluDense"  # behind one or two attentions
     if len(scores) != block.get_submodule(ffn).wo.weight.shape[1]:
-        raise ValueError("the scores are of another model than this")
+        raise ValueError("the scores are of a model with another d_ff")
     ranking = scores.argsort(descending=True, stable=True)
     keep = ranking[:share_of(len(scores), width)].sort().values  # [k]
     for name, linear in block.get_submodule(ffn).named_children():
@@ -234,7 +234,7 @@ def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = T
         depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
         scores: of `neuron_scores`, needed if width < 1; each layer keeps its top neurons.
         decoder: False leaves it whole, as the paper does where targets are short labels.
-    Raises ValueError for a share outside (0, 1], scores that are missing or of another model, or a
+    Raises ValueError for a share outside (0, 1], missing scores, those of another d_ff, or a
     `model` that is not a T5.
     """
     check_t5(model.config)
@@ -298,7 +298,7 @@ def stage_at(schedule, step: int, steps: int) -> int:
 
     Growth follows the boundary update, as in the official code: of 30,000, update 6,000 is the last
     of stage 0. Boundaries round half up, so a run of few updates may skip a stage.
-    Official: a run that is resumed behind its last growth begins with the smallest model again.
+    Official: resumed behind its last growth, a run falls back to the smallest model.
     """
     # 1e-6: shares add up to 0.6000000000000001, or a little less.
     shares = itertools.accumulate(stage.share for stage in schedule[:-1])
@@ -440,7 +440,7 @@ def load_prompt(folder) -> Tensor:
 
 
 def adafactor(prompt: SoftPrompt, lr: float):
-    """The paper's optimiser: a step has RMS `lr` at most, in whatever unit the gradients come.
+    """The paper's optimiser: a step has RMS `lr` at most, whatever the scale of the gradients.
 
     torch.optim.Adafactor cannot express it: it scales by the parameter's RMS and decays the rate.
     """
@@ -458,14 +458,14 @@ def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1
     Official: the mean of the means of micro-batches.
     """
     tokens, loss = (batch["labels"] != -100).sum().item(), torch.zeros((), device=model.device)
-    processes, first = PartialState().num_processes, PartialState().process_index  # or 1 and 0
-    for i in range(first, processes * parts, processes):
-        part = {name: rows[i::processes * parts].to(model.device) for name, rows in batch.items()}
+    world, rank = PartialState().num_processes, PartialState().process_index  # alone: 1 and 0
+    for i in range(rank, world * parts, world):
+        part = {name: rows[i::world * parts].to(model.device) for name, rows in batch.items()}
         embeds = model.get_input_embeddings()(part["input_ids"])  # [b, T, d], b: rows of this part
         embeds, mask = prompt(embeds, part["attention_mask"])  # [b, P+T, d], [b, P+T]
-        share = token_losses(model, mask, part["labels"], inputs_embeds=embeds).sum() / tokens
-        share.backward()
-        loss += share.detach()
+        part_loss = token_losses(model, mask, part["labels"], inputs_embeds=embeds).sum() / tokens
+        part_loss.backward()
+        loss += part_loss.detach()
     prompt.weight.grad = utils.reduce(prompt.weight.grad, "sum")  # over processes; t5-base: 60 kB
     return utils.reduce(loss, "sum")
 
@@ -495,7 +495,7 @@ def new_run(flops: int = 0) -> dict:
 
 
 def train(model, prompt, optimizer, schedule, batch_at, evaluate, run, steps, eval_every,
-          scores=None, decoder=False, parts=1):
+          scores=None, decoder=True, parts=1):
     """FPT: one prompt, one optimiser, a model that grows. Yields `run` after each update.
 
     model: the full one, `.eval().requires_grad_(False)`. schedule: SCHEDULES["cr"], or another
@@ -533,9 +533,8 @@ def train(model, prompt, optimizer, schedule, batch_at, evaluate, run, steps, ev
             dev, loss = evaluate(final, prompt), sum(run["losses"]) / len(run["losses"])
             if not run["best"] or main_score(dev) >= main_score(run["best"][0]):
                 run["best"] = dev, step, prompt.weight.detach().clone()
-            counts = {key: run[key] for key in ("step", "flops", "pt_flops")}
-            run["log"].append({**counts, "stage": stage + 1, "loss": loss, "dev": dev,
-                               "best": main_score(run["best"][0])})
+            run["log"].append({key: run[key] for key in ("step", "flops", "pt_flops")} | {
+                "stage": stage + 1, "loss": loss, "dev": dev, "best": main_score(run["best"][0])})
             run["losses"] = []
         yield run
 
@@ -548,7 +547,7 @@ class Task(NamedTuple):
     too. For labels it stays whole, as in the paper: there it costs little.
     """
 
-    columns: str = ""  # of a hub data set; the source is "column: text column: text", as theirs
+    columns: str = ""  # of a hub data set; the source is "column: text column: text"; XSum: bare
     labels: tuple[str, ...] = ()  # verbalizer: the text of label 0, 1, ... in the data set's order
     hub: str = ""  # repository; the name of the task is the configuration
     metric: str = "accuracy"  # a name in METRICS
@@ -644,9 +643,10 @@ def load_folder(folder: Path):
     try:
         found = json.loads(place.read_text("utf-8-sig"))  # -sig: Excel and Notepad mark the start
         task = Task(**{"prefix": "", **found, "labels": tuple(map(clean, found.get("labels", ())))})
-        if task.metric not in METRICS:
-            raise ValueError(f"metric is one of {', '.join(METRICS)}")
+        if task.metric not in METRICS or (task.metric == "binary_f1" and len(task.labels) != 2):
+            raise ValueError(f"metric is one of {', '.join(METRICS)}; binary_f1 needs two labels")
         for path, examples in splits.items():
+            place = path
             for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
                 place = f"{path}, line {number}, {line[:80]!r}"
                 row = json.loads(line)
@@ -657,14 +657,14 @@ def load_folder(folder: Path):
                 if task.labels and answers[0] not in task.labels:
                     raise ValueError(f"target {answers[0]!r} is none of the labels {task.labels}")
                 examples.append((source, tuple(answers)))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{place}: {error!r}; each line is one JSON object") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as why:
+        raise ValueError(f"{place}: {type(why).__name__}: {why}; one JSON object a line") from None
     return task, *splits.values()
 
 
 def load_model(name: str, device, precision: str):
     """-> the model, frozen and in eval mode, and its tokenizer, by transformers' own code."""
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # it asks a bot, in a thread
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # a thread would ask a bot
     import transformers
 
     transformers.logging.set_verbosity_error()  # its warning on untied T5 heads advises wrongly
@@ -746,8 +746,8 @@ def batches(examples, encode, seed: int, size: int, pool: int = 200):
 
 def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> None:
     """Say, before the first update, what makes the scores mean less than they seem to."""
-    rows = [(source, answers, tokenizer(source).input_ids, tokenizer(answers[0]).input_ids)
-            for source, answers in (*train[::len(train) // 1000 + 1], *dev, *validation)]
+    rows = [(*row, tokenizer(row[0]).input_ids, tokenizer(task.prefix + row[1][0]).input_ids)
+            for row in (*train[::len(train) // 1000 + 1], *dev, *validation)]
     long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
     known, words = {*dict(train), *dict(dev)}, squad_words if task.metric == "squad" else str.split
     for what, found in {
@@ -804,7 +804,8 @@ def squad(predictions, examples, labels) -> dict[str, float]:
 def rouge_l(predictions, examples, labels) -> dict[str, float]:
     """ROUGE-L F-measure, without stemming, best of the right answers, in percent.
 
-    Of words in any script; of English as the rouge-score package, to which accents are blanks.
+    Of words in any script. As in the rouge-score package, accented Latin letters are blanks: for
+    French or German, take another metric.
     Official: the summary-level variant, sentence by sentence.
     """
     from torchmetrics.functional.text import rouge_score
@@ -890,11 +891,11 @@ def tune(model, tokenizer, data, config, name: str, seed: int, start: Tensor, fo
         state = torch.load(folder / "state.pt", model.device, weights_only=True)
         run, prompt.weight.data = state["run"], state["prompt"]
         optimizer.load_state_dict(state["optimizer"])
-    updates = train(
+    loop = train(
         model, prompt, optimizer, schedule, batches(examples, ids, seed, config.batch),
-        lambda *which: evaluate(*which, tokenizer, task, dev, config)[0], run, config.steps,
-        config.eval_every, scores, decoder=not task.labels, parts=config.accumulate)
-    for run in tqdm(updates, "", config.steps, file=sys.stdout, initial=run["step"], disable=None):
+        lambda final, prompt: evaluate(final, prompt, tokenizer, task, dev, config)[0],
+        run, config.steps, config.eval_every, scores, not task.labels, config.accumulate)
+    for run in tqdm(loop, total=config.steps, initial=run["step"], file=sys.stdout, disable=None):
         stop = utils.reduce(torch.tensor(len(SIGNALS), device=model.device), "sum").item()
         if not run["losses"]:  # there was an evaluation
             tqdm.write("update {step} stage {stage} loss {loss:.4f} {dev}".format(**run["log"][-1]))
@@ -922,7 +923,7 @@ def conclude(run, scores, texts, task: Task, validation, config, folder: Path) -
     run |= {"dev": dev, "best_step": best_step, "validation": scores}
     if PartialState().is_main_process:
         save_prompt(folder / "prompt", best, config.model)
-        write(folder / "predictions.jsonl", zip(*zip(*validation), texts))  # source, answers, text
+        write(folder / "predictions.jsonl", ((*row, text) for row, text in zip(validation, texts)))
         write(folder / "results.json", [run])
         (folder / "state.pt").unlink()
     return run
@@ -965,7 +966,7 @@ def table(runs: list[dict]) -> str:
     groups = compare(runs).groupby(level=0, sort=False)
     cells = groups.agg(lambda row: f"{row.mean(skipna=False):.1f} ± {row.std(skipna=False):.1f}")
     for name, gain in groups["gain"] if "gain" in cells else ():
-        if len(gain) > 2 and name != "pt":
+        if len(gain) > 2 and gain.notna().all() and name != "pt":
             bounds = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
             cells.loc[name, "gain"] += " [{:.1f}, {:.1f}]".format(*bounds)
     return cells.to_string().replace(" ± nan", "      ")
@@ -1042,7 +1043,7 @@ def prepare(config):
     if config.task in TASKS or not os.path.isdir(config.model):
         ask_hub()
     data = load_data(config.task, config.dev, config.limit)  # before the model: it fails sooner
-    if not state.num_processes * config.accumulate <= config.batch <= len(data[1]):
+    if not 1 <= state.num_processes * config.accumulate <= config.batch <= len(data[1]):
         raise ValueError("--batch must be at most the train examples, at least processes x parts")
     model, tokenizer = load_model(config.model, device, config.precision)
     # The tokens of the label words alone; ValueError if two labels have the same.

@@ -18,8 +18,12 @@ import argparse, copy, functools, json, os, platform  # noqa: E401
 import re, resource, statistics, subprocess, sys, time  # noqa: E401
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy, pandas, torch  # noqa: E401, E402
+from transformers import T5Config, T5ForConditionalGeneration  # noqa: E402
+
+import fpt  # noqa: E402
 
 SHAPES = {  # the published configurations; their weights are random here
     "t5-small": {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
@@ -55,15 +59,6 @@ def make_parser():
     add("--out", default="", help="new json file for the numbers")
     add("--child", default="", help=argparse.SUPPRESS)  # of the part memory
     return parser
-
-
-if __name__ == "__main__":
-    ARGS = make_parser().parse_args()
-
-import numpy, pandas, torch  # noqa: E401, E402
-from transformers import T5Config, T5ForConditionalGeneration  # noqa: E402
-
-import fpt  # noqa: E402
 
 
 def build(shape: str, precision: str, device, layers: int = 0):
@@ -333,4 +328,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    main(make_parser().parse_args())

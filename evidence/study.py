@@ -14,11 +14,10 @@ search    schedules, on tasks that are not reported elsewhere, seeds 0 to 2: wha
 
 import argparse, collections, contextlib, itertools, json, math  # noqa: E401
 import multiprocessing, re, shutil, sys, zlib  # noqa: E401
-from collections.abc import Callable
 from concurrent import futures
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,9 +31,8 @@ import fpt, make  # noqa: E401, E402
 
 PARTS = ("table", "change", "transfer", "search")
 REPORTED, CHOOSING = ("slot", "present", "word", "told"), ("entailment", "same")
-SIZES = (0.25, 0.5, 0.75)
-FIXED = ("pt", *(f"{size:g}x1:1" for size in SIZES), *(f"1x{size:g}:1" for size in SIZES),
-         *(f"{size:g}x{size:g}:1" for size in SIZES))
+FIXED = ("pt", "0.25x1:1", "0.5x1:1", "0.75x1:1", "1x0.25:1", "1x0.5:1", "1x0.75:1",
+         "0.25x0.25:1", "0.5x0.5:1", "0.75x0.75:1")
 COMPOUND, PRESETS = [*FIXED[-3:], "pt"], ["ld", "fr", "cr", "fast"]
 SEARCH = ("pt", "ld", "fr", "cr", *(f"{small:g}x{small:g}:{share:g},1x1:{1 - share:g}"
                                     for small in (0.25, 0.5) for share in (0.6, 0.8, 0.9)),
@@ -125,7 +123,7 @@ def run_cell(args, cell) -> dict:
     task, schedule, name, seed = cell
     change, folder = CHANGES.get(name, Change()), place(args.out, *cell)
     tasks = ROOT / "micro" if task == "entailment" else args.out / "tasks"
-    steps = round(args.steps / 2 * change.share) if name else args.steps  # the docstring says why
+    steps = round(args.steps / 2 * change.share) if name else args.steps  # all would solve a task
     if not list(folder.glob("*/results.json")):
         shutil.rmtree(folder, ignore_errors=True)  # a change does not know what came before a stop
         with mock.patch.dict(vars(fpt), change.replaced(seed)), contextlib.redirect_stdout(None):
@@ -211,7 +209,7 @@ def compared(record: dict, changes: bool = False, reported: bool = True) -> pand
 
 def per_task(frame, key: str):
     """Of one column, groups by name: a row for each seed, columns for the tasks and their mean."""
-    wide = frame[key].unstack("task")[list(frame.index.unique("task"))]
+    wide = frame[key].unstack("task")[frame.index.unique("task")]
     return wide.assign(mean=wide.mean(axis=1, skipna=False)).groupby("name")
 
 
@@ -234,7 +232,7 @@ def goals(frame):
 
 def table(frame, names, base=lambda name: "pt"):
     """Validation by task and of their mean; that less the base's, in pairs; FLOPs over `pt`'s."""
-    text, scores = per_task(frame, "validation").agg(spread).loc[list(names)], frame.validation
+    text, scores = per_task(frame, "validation").agg(spread).loc[[*names]], frame.validation
     text["less base [95 %]"] = [pooled(scores[name] - scores[base(name)]) if name != base(name)
                                 else "" for name in names]
     text["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
@@ -271,8 +269,9 @@ def tables(record: dict) -> str:
         found.append(markdown("Schedules on the choosing tasks", text))
     if "transfer" in record:
         matrix = transferred(record).loc[COMPOUND, COMPOUND].map("{:.1f}".format)
-        found += [markdown("Prompts (rows) on models", matrix), markdown(
-            "Cosine with the prompt of `pt`", alike(record["cosines"]).map("{:.3f}".format))]
+        cosine = alike(record["cosines"]).map("{:.3f}".format)
+        found += [markdown("Prompts (rows) on models", matrix),
+                  markdown("Cosine with the prompt of `pt`", cosine)]
     return "\n".join(found)
 
 
@@ -285,8 +284,8 @@ def transferred(record: dict) -> pandas.DataFrame:
 def alike(found: dict) -> pandas.DataFrame:
     """`cosines` as a row."""
     if "by_task" in found:  # a record of the former code, of last prompts
-        rows = pandas.DataFrame(itertools.chain(*found["by_task"].values()))
-        means = rows.groupby(rows.schedules.map(" ".join))[["same_seed", "other_seed"]].mean()
+        rows = pandas.DataFrame(sum(found["by_task"].values(), []))
+        means = rows.groupby(rows.schedules.map(" ".join)).mean(numeric_only=True)
         found = {f"`{name}`, same seed": means.same_seed[f"pt {name}"] for name in COMPOUND[:3]} | {
             "`pt`, other seed": means.other_seed["pt pt"], "`pt`, other task": found["other_task"],
             "random": means.other_seed["random"]}
@@ -310,7 +309,7 @@ def draw_schedule(name: str = "cr", layers: int = 12):
         axes.text(start + share / 2, layers + 0.25, ha="center",
                   s=f"{len(kept)} layers,\n{100 * width:g} % of d_ff")
         start += share
-    axes.annotate("", (1, -1.1), (0, -1.1), arrowprops={"arrowstyle": "->", "lw": 1.6})
+    axes.annotate("", (1, -1.1), (0, -1.1), arrowprops={"arrowstyle": "->"})
     axes.text(0.5, -1, "the same prompt, the same optimiser", ha="center", va="bottom")
     axes.set(xlim=(0, 1), ylim=(-1.6, layers + 2.2), xlabel="share of the updates", ylabel="layer")
     axes.set_yticks([0.5, layers - 0.5], [0, layers - 1])
@@ -357,7 +356,6 @@ def draw_transfer(records: dict[str, dict]):
 
 
 def make_parser():
-    """The flags."""
     parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--out", type=Path, help="folder of the study")
@@ -379,20 +377,19 @@ def main(args) -> None:
     if args.draw:
         records = {title: json.loads(Path(__file__).with_name(f"{name}.json").read_text())
                    for name, title in TITLES.items()}
-        draw_schedule().savefig(args.draw / "schedule.png", dpi=150)
-        draw_curves(records).savefig(args.draw / "study.png", dpi=150)
-        draw_transfer(records).savefig(args.draw / "transfer.png", dpi=150)
+        for name, plot in (("schedule", draw_schedule()), ("study", draw_curves(records)),
+                           ("transfer", draw_transfer(records))):
+            plot.savefig(args.draw / f"{name}.png", dpi=150)
         return
     make.main(["--tasks", str(args.out / "tasks")])  # the same bytes each time
     record = {"settings": {key: str(value) for key, value in vars(args).items()}, "cells": [],
               "model": zlib.crc32((args.model / "model.safetensors").read_bytes())}
-    fork = multiprocessing.get_context("fork")
+    jobs, fork = cells(args.part, args.seed), multiprocessing.get_context("fork")
     with futures.ProcessPoolExecutor(args.processes, fork) as pool:
-        jobs = cells(args.part, args.seed)
-        for number, row in enumerate(pool.map(run_cell, itertools.repeat(args), jobs), 1):
+        rows = pool.map(run_cell, itertools.repeat(args), jobs)
+        for number, (cell, row) in enumerate(zip(jobs, rows), 1):
             record["cells"].append(row)
-            print("{}/{} {task} {schedule} {change} {seed}: validation {validation:.1f}".format(
-                number, len(jobs), **row), flush=True)
+            print(f"{number}/{len(jobs)}", *cell, row["validation"], flush=True)
         if "transfer" in args.part:
             pairs = zip(*itertools.product(REPORTED, args.seed))
             record["transfer"] = list(pool.map(transfer, itertools.repeat(args), *pairs))
