@@ -123,7 +123,7 @@ def run_cell(args, cell) -> dict:
     task, schedule, name, seed = cell
     change, folder = CHANGES.get(name, Change()), place(args.out, *cell)
     tasks = ROOT / "micro" if task == "entailment" else args.out / "tasks"
-    steps = round(args.steps / 2 * change.share) if name else args.steps  # all would solve a task
+    steps = round(args.steps / 2 * change.share) if name else args.steps
     if not list(folder.glob("*/results.json")):
         shutil.rmtree(folder, ignore_errors=True)  # a change does not know what came before a stop
         with mock.patch.dict(vars(fpt), change.replaced(seed)), contextlib.redirect_stdout(None):
