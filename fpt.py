@@ -596,7 +596,6 @@ def load_data(name: str, dev: int, limit: int = 0):
 
 def load_hub(name: str):
     """-> task, train and validation examples, downloaded or cached by the `datasets` library."""
-    import transformers  # noqa: F401  first, or datasets prints two lines to stdout
     import datasets
 
     task, config = TASKS[name], name if "glue" in TASKS[name].hub else None
@@ -900,10 +899,10 @@ def tune(model, tokenizer, data, config, name: str, seed: int, start: Tensor, fo
         if not run["losses"]:  # there was an evaluation
             tqdm.write("update {step} stage {stage} loss {loss:.4f} {dev}".format(**run["log"][-1]))
         if (stop or not run["losses"]) and PartialState().is_main_process:
+            write(folder / "log.jsonl", run["log"])  # before the state, that it cannot lack a row
             state = {"run": run, "prompt": prompt.weight.data, "optimizer": optimizer.state_dict()}
             torch.save(state, folder / "state.tmp")
             os.replace(folder / "state.tmp", folder / "state.pt")
-            write(folder / "log.jsonl", run["log"])
         if stop:
             raise KeyboardInterrupt
     final = partial_t5(model, *schedule[-1][:2], scores, not task.labels)
@@ -1077,6 +1076,7 @@ def main(argv=None) -> list[dict]:
             print(f"\n{name}, seed {seed}")
             if (folder / "results.json").exists():
                 runs.append(json.loads((folder / "results.json").read_text("utf-8")))
+                (folder / "state.pt").unlink(missing_ok=True)  # a kill may have come before that
             else:
                 ended = tune(model, tokenizer, data, config, name, seed, starts[seed], folder)
                 runs.append(conclude(*ended, data[0], data[3], config, folder))
