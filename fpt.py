@@ -59,7 +59,7 @@ from typing import NamedTuple
 
 MICRO = Path(__file__).resolve().parent / "micro"  # a model and a task like any other, but small
 # What `python fpt.py` alone runs on them: offline, in two minutes. The command's own flags win.
-MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 25, "dev": 250,
+MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 40, "dev": 250,
              "threads": 1}
 # What may differ when a command goes on (--resume): how it computes and where, not what.
 FREE = {"accumulate", "device", "threads", "out", "resume", "versions"}
