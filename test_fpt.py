@@ -1040,7 +1040,7 @@ def refused(tmp_path, capfd, monkeypatch):
     ("--steps many", "--steps.*many"), ("--schedul pt", "--schedul"), ("--task rte", "nyu-mll"),
     ("--task nope", "unknown task 'nope'.*rte"), ("--model no/such", "offline"),
     ("--schedule nope", "'nope'.*pt, ld, fr, cr"), ("--precision fp16", "fp32 or bf16.*overflow"),
-    ("--device cuda:99", "(?i)cuda"), ("--device abacus", "abacus"), ("--batch 33", "--batch"),
+    ("--device cuda:99", "CUDA|NVIDIA"), ("--device abacus", "abacus"), ("--batch 33", "--batch"),
     ("--accumulate 5", "--batch.*parts"), ("--init wide", "wide.*width"), ("--init none", "none"),
     ("--task alike", "hm.*eh.*same tokens"), ("--out wide", "wide"), ("--model wide", "wide"),
     ("--resume none", "none")])
