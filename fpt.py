@@ -1001,7 +1001,7 @@ def ask_hub() -> None:
     except OSError as error:
         if not hasattr(error, "code"):  # an error page is an answer too
             os.environ["HF_HUB_OFFLINE"] = "1"
-            print("The hub does not answer: only what is in the cache, or in folders, can be used")
+            print("The hub does not answer: HF_HUB_OFFLINE=1 from here on, cache and folders only")
 
 
 def open_folder(config, model, data) -> Path:
