@@ -32,7 +32,7 @@ to tune weights, or for models other than T5s. Lines that differ on purpose from
 
 To use FPT elsewhere, copy sections 1 to 5: the method, and `train`, its loop. They know nothing of
 settings, tasks or files (but for a prompt's). The rest is the program around them, and last a
-cheaper cross-attention, which every run of the program has.
+cheaper cross-attention, which every run of the program on a CPU has.
 
 Glossary
     B        examples in a batch
@@ -87,7 +87,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--eval-every", type=int, default=500, help="updates between evaluations, which save, too")
     add("--dev", type=int, default=500, help="train examples, a fifth at most, to choose a prompt")
     add("--limit", type=int, default=0, help="validation examples to report on; 0 means all")
-    add("--score-examples", type=int, default=64, help="train examples to score FFN neurons on")
     add("--max-source", type=int, default=492, help="source tokens kept; with P the paper's 512")
     add("--precision", default="fp32", help="fp32 or bf16")
     add("--accumulate", type=int, default=1, help="parts that a batch is cut into, for memory")
@@ -412,10 +411,11 @@ def save_prompt(folder, prompt: Tensor, model_name: str) -> None:
     """Write a prompt [P, d] as PEFT's prompt tuning; `PeftModel.from_pretrained` loads it."""
     from safetensors.torch import save_file
 
-    adapter = {"peft_type": "PROMPT_TUNING", "base_model_name_or_path": model_name} | {
-        "task_type": "SEQ_2_SEQ_LM",  # without it PEFT loads the folder and ignores the prompt
-        "num_transformer_submodules": 1,  # PEFT's default for T5, 2, wants another, unused [P, d]
-        "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "inference_mode": True}
+    # Without task_type PEFT loads the folder and ignores the prompt. Its default number of
+    # submodules for a T5, 2, wants another [P, d], for the decoder, which no forward pass uses.
+    adapter = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
+               "num_transformer_submodules": 1, "base_model_name_or_path": model_name,
+               "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1]}
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensor = prompt.detach().float().cpu().contiguous()
     save_file({"prompt_embeddings": tensor}, Path(folder, "adapter_model.safetensors"))
@@ -430,6 +430,8 @@ def load_prompt(folder) -> Tensor:
     from safetensors.torch import load_file
 
     adapter = json.loads(Path(folder, "adapter_config.json").read_text("utf-8"))
+    if [*Path(folder).glob("adapter_model.*")] == [Path(folder, "adapter_model.bin")]:
+        raise ValueError(f"{folder} has PEFT's old adapter_model.bin, a pickle: save it anew there")
     prompt = load_file(Path(folder, "adapter_model.safetensors")).get("prompt_embeddings")
     if prompt is None or not prompt.isfinite().all():
         raise ValueError(f"{folder} holds no soft prompt, or one with NaN or infinite values")
@@ -477,8 +479,7 @@ def main_score(scores: dict[str, float]) -> float:
 
 def padded_shape(prompt: Tensor, batch: dict[str, Tensor]) -> tuple[int, int, int]:
     """B, P+T and S of a batch behind a prompt [P, d], for `step_flops`."""
-    size, source = batch["input_ids"].shape
-    return size, len(prompt) + source, batch["labels"].shape[1]
+    return len(batch["labels"]), len(prompt) + batch["input_ids"].shape[1], batch["labels"].shape[1]
 
 
 def new_run(flops: int = 0) -> dict:
@@ -574,12 +575,10 @@ TASKS = {
 }
 
 
-Example = tuple[str, tuple[str, ...]]  # a source; texts that count as right, the first is learned
-
-
 def load_data(name: str, dev: int, limit: int = 0):
     """The task `name`, of the table or a folder -> `Task`, train, dev and validation examples.
 
+    An example is a source and the texts that count as right; the first of these is learned.
     `dev` of them are carved from train by their sources, the same every time. `limit` > 0 keeps as
     many of validation, drawn at random: a file may be sorted. ValueError for what cannot be used.
     Official: chooses the prompt, and the neurons, on the validation split that it reports.
@@ -608,7 +607,7 @@ def load_hub(name: str):
     return task, train, [hub_examples(task, row)[0] for row in validation]
 
 
-def hub_examples(task: Task, row: dict) -> list[Example]:
+def hub_examples(task: Task, row: dict) -> list[tuple[str, tuple[str, ...]]]:
     """A row of a hub data set -> an example for each text that may be learned from it.
 
     More than one for ReCoRD alone: the official code trains on every distinct answer of a query.
@@ -673,7 +672,9 @@ def load_model(name: str, device, precision: str):
     check_t5(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-        name, config=config, trust_remote_code=False, output_loading_info=True,
+        name, config=config, output_loading_info=True, ignore_mismatched_sizes=True,  # see below
+        # On a CPU in bf16 torch's sdpa is the slower one; for long sources it needs less memory.
+        attn_implementation="eager" if (str(device), precision) == ("cpu", "bf16") else "sdpa",
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32)  # the default: the file's
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:  # transformers draws them at random, and says so in a warning
@@ -748,11 +749,14 @@ def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> No
     rows = [(*row, tokenizer(row[0]).input_ids, tokenizer(task.prefix + row[1][0]).input_ids)
             for row in (*train[::len(train) // 1000 + 1], *dev, *validation)]
     long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
-    known, words = {*dict(train), *dict(dev)}, squad_words if task.metric == "squad" else str.split
+    compared = {"squad": squad_text, "rouge_l": rouge_text}.get(task.metric, str.strip)
+    known, first = {*dict(train), *dict(dev)}, {"": ""}  # the first answer that is compared as this
+    pairs = [(text, first.setdefault(compared(text), text)) for row in rows for text in row[1]]
     for what, found in {
             "are cut": [row for row in rows if len(row[2]) > max_source or len(row[3]) > long],
             "have unknown tokens": [row for row in rows if unknown in row[2] + row[3]],
-            "have an answer without a word": [row for row in rows if not all(map(words, row[1]))],
+            f"answers are empty, or the same as another, to the metric {task.metric}": [
+                pair for pair in pairs if pair[0] != pair[1]],
             "validation sources are in train": [row for row in validation if row[0] in known],
             "labels are not in train": [*{*task.labels} - {row[1][0] for row in train}]}.items():
         if found:
@@ -778,9 +782,10 @@ def f1(average: str, predictions, examples, labels) -> dict[str, float]:
     return accuracy(predictions, examples, labels) | {" of ".join(["f1", *label.values()]): score}
 
 
-def squad_words(text: str) -> list[str]:
-    """The words that SQuAD's script compares: without case, ASCII punctuation and articles."""
-    return re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[!-/:-@[-`{-~]", "", text.lower())).split()
+def squad_text(text: str) -> str:
+    """What SQuAD's script compares: the words, without case, ASCII punctuation and articles."""
+    bare = re.sub(r"[!-/:-@[-`{-~]", "", text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def squad(predictions, examples, labels) -> dict[str, float]:
@@ -792,26 +797,29 @@ def squad(predictions, examples, labels) -> dict[str, float]:
     from torchmetrics.functional.text import squad as score
 
     def texts(answers):
-        words = [" ".join(squad_words(answer)) for answer in answers]
-        return [text for text in words if text not in ("", "no answer")] or [""]
+        return [text for text in map(squad_text, answers) if text not in ("", "no answer")] or [""]
 
     found = [{"prediction_text": texts([text])[0], "id": i} for i, text in enumerate(predictions)]
     gold = [{"answers": {"text": texts(row[1])}, "id": i} for i, row in enumerate(examples)]
     return {key: float(value) for key, value in score(found, gold).items()}
 
 
+def rouge_text(text: str) -> str:
+    """What ROUGE compares: lower-case words of any script. As in the rouge-score package, accented
+    Latin letters are blanks: for French or German, take another metric.
+    """
+    return re.sub(r"[\W_\u00aa-\u024f]+", " ", text.lower()).strip()
+
+
 def rouge_l(predictions, examples, labels) -> dict[str, float]:
     """ROUGE-L F-measure, without stemming, best of the right answers, in percent.
 
-    Of words in any script. As in the rouge-score package, accented Latin letters are blanks: for
-    French or German, take another metric.
     Official: the summary-level variant, sentence by sentence.
     """
     from torchmetrics.functional.text import rouge_score
 
     gold = [list(answers) for _, answers in examples]
-    scores = rouge_score(predictions, gold, "best", rouge_keys="rougeL", normalizer=lambda text: (
-        re.sub(r"[\W_\u00aa-\u024f]+", " ", text.lower())))
+    scores = rouge_score(predictions, gold, "best", rouge_keys="rougeL", normalizer=rouge_text)
     return {"rouge_l": 100 * float(scores["rougeL_fmeasure"])}
 
 
@@ -836,9 +844,8 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config)
         embeds, mask = prompt(embeds, batch["attention_mask"].to(model.device))  # [B, P+T, d]
         if task.labels:  # one at a time: the logits of C labels at once are C times [B, S, V]
             source = model.encoder(inputs_embeds=embeds, attention_mask=mask)  # [B, P+T, d], once
-            targets = [torch.tensor([ids] * len(chosen), device=mask.device) for ids in labels]
-            losses = [token_losses(model, mask, target, encoder_outputs=source).sum(1)
-                      for target in targets]  # C of [B]
+            losses = [token_losses(model, mask, mask.new_tensor([ids] * len(chosen)),
+                                   encoder_outputs=source).sum(1) for ids in labels]  # C of [B]
             texts = [task.labels[i] for i in torch.stack(losses).argmin(0).tolist()]
         else:
             ids = model.generate(inputs_embeds=embeds, attention_mask=mask,
@@ -881,7 +888,7 @@ def tune(model, tokenizer, data, config, name: str, seed: int, start: Tensor, fo
     ids, run = functools.partial(encode, tokenizer, task, config.max_source), new_run()
     if any(stage.width < 1 for stage in schedule):
         drawn = batches(examples, ids, f"scores {seed}", config.batch, pool=1)  # 1: of all lengths
-        parts = [drawn(i + 1) for i in range(math.ceil(config.score_examples / config.batch))]
+        parts = [drawn(i + 1) for i in range(math.ceil(64 / config.batch))]
         run = new_run(sum(step_flops(model, *padded_shape(start, part), False) for part in parts))
         scores = utils.broadcast(neuron_scores(model, start, parts))  # ties are broken alike
     prompt = SoftPrompt(start).to(model.device)
@@ -979,11 +986,10 @@ def figure(runs: list[dict]):
     axes = plot.subplots(subplot_kw={"xlabel": "training FLOPs", "ylabel": "best dev score so far"})
     names = dict.fromkeys(run["schedule"] for run in runs)
     for name, style in zip(names, itertools.cycle(("--", "-", "-.", ":"))):  # told apart in grey
-        logs = [run["log"] for run in runs if run["schedule"] == name]
-        means = [[statistics.mean(row[key] for row in rows) for key in ("flops", "best")]
-                 for rows in zip(*logs)]  # [evaluations, 2]
-        axes.plot(*zip(*means), style, color="black", label=f"{name}, mean of {len(logs)}")
-    axes.legend(loc="lower right")
+        curves = [[(row["flops"], row["best"]) for row in run["log"]]
+                  for run in runs if run["schedule"] == name]  # [seeds, evaluations, 2]
+        axes.plot(*torch.tensor(curves).double().mean(0).T, style, color="black", label=name)
+    axes.legend(loc="lower right", title="means over seeds")
     return plot
 
 
@@ -1031,8 +1037,7 @@ def prepare(config):
     """
     # torchrun starts one process for each GPU, or as many as one likes on a CPU. There, without
     # cpu=True, accelerate would take each of them for a run of its own. Only the first is heard.
-    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-    state = PartialState(cpu=config.device == "cpu" or not gpu)
+    state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
     if not state.is_main_process:
         sys.stdout = open(os.devnull, "w")
     # A device that is not there, and a schedule that cannot be read, fail here.
@@ -1126,9 +1131,13 @@ class AbsorbedAttention(nn.Module):
         return own.o(mean.flatten(2)), how.get("position_bias"), None  # of [B, S, H*d_kv]
 
 
-def absorbed(model):
-    """A view of a T5 whose cross-attention makes no keys and values where targets are short."""
-    for i, block in enumerate(model.decoder.block):
+def absorbed(model, gpu: bool = False):
+    """A view of a T5 whose cross-attention makes no keys and values where targets are short.
+
+    On a CUDA device, unless asked for, the model as it is: there large products are cheap, and the
+    smaller ones cost more time than they save (evidence/README.md).
+    """
+    for i, block in enumerate(model.decoder.block if gpu or model.device.type != "cuda" else ()):
         cross = AbsorbedAttention(block.layer[1].EncDecAttention)
         model = replaced(model, f"decoder.block.{i}.layer.1.EncDecAttention", cross)
     return model
