@@ -163,7 +163,7 @@ def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
     hooks = [wo.register_forward_pre_hook(add) for wo in side_of]
     for batch in batches:
         batch = {name: rows.to(model.device) for name, rows in batch.items()}
-        embeds = model.get_input_embeddings()(batch["input_ids"])  # [B, T, d]
+        embeds = model.shared(batch["input_ids"])  # [B, T, d]
         embeds, mask["encoder"] = soft_prompt(embeds, batch["attention_mask"])  # [B, P+T, d]
         mask["decoder"] = batch["labels"] != -100  # [B, S]
         token_losses(model, mask["encoder"], batch["labels"], inputs_embeds=embeds)  # calls `add`
@@ -269,8 +269,7 @@ SCHEDULES = {
     "fr": tuple(Stage(1.0, size, share) for size, share in _GROWTH),  # FFN reduction
     "cr": tuple(Stage(size, size, share) for size, share in _GROWTH),  # compound reduction: both
     # Not the paper's: found on the micro model, for it (tutorial.md, "A faster schedule").
-    "fast": (Stage(0.25, 0.25, 0.4), Stage(0.5, 0.5, 0.4), Stage(1.0, 1.0, 0.2)),
-}
+    "fast": (Stage(0.25, 0.25, 0.4), Stage(0.5, 0.5, 0.4), Stage(1.0, 1.0, 0.2))}
 
 
 def parse_schedule(text: str) -> tuple[Stage, ...]:
@@ -463,8 +462,8 @@ def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1
     world, rank = PartialState().num_processes, PartialState().process_index  # alone: 1 and 0
     for i in range(rank, world * parts, world):
         part = {name: rows[i::world * parts].to(model.device) for name, rows in batch.items()}
-        embeds = model.get_input_embeddings()(part["input_ids"])  # [b, T, d], b: rows of this part
-        embeds, mask = prompt(embeds, part["attention_mask"])  # [b, P+T, d], [b, P+T]
+        # [b, T, d] -> [b, P+T, d] and [b, P+T], b: rows of this part
+        embeds, mask = prompt(model.shared(part["input_ids"]), part["attention_mask"])
         part_loss = token_losses(model, mask, part["labels"], inputs_embeds=embeds).sum() / tokens
         part_loss.backward()
         loss += part_loss.detach()
@@ -571,8 +570,7 @@ TASKS = {
     "boolq": Task("question passage", ("False", "True"), SUPER),
     "cb": Task("hypothesis premise", ("entailment", "contradiction", "neutral"), SUPER, "macro_f1"),
     "copa": Task("choice1 choice2 premise question", ("choice1", "choice2"), SUPER),
-    "wic": Task("word sentence1 sentence2", ("False", "True"), SUPER),
-}
+    "wic": Task("word sentence1 sentence2", ("False", "True"), SUPER)}
 
 
 def load_data(name: str, dev: int, limit: int = 0):
@@ -724,9 +722,9 @@ def batches(examples, encode, seed: int, size: int, pool: int = 200):
     """-> a function: number of an update, from 1 -> its batch. Pure in (seed, update).
 
     Each pass over the examples is shuffled and cut into pools of `pool` batches; a pool is sorted
-    by length and cut into batches, which come in random order. So there is little padding, and no
-    example twice in a pass; what does not fill a batch at its end is left out, another part each
-    time. `encode` turns examples into ids, when their pool is drawn.
+    by length and cut into batches, which come in random order: little padding, and no example twice
+    in a pass. What does not fill a batch at its end is left out. `encode` turns a pool into ids.
+    Labels that go with length are uneven within batches; shuffled ones (pool=1) cost more padding.
     """
     per_pass = len(examples) // size
 
@@ -840,7 +838,7 @@ def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config)
     chunks, found = [order[i:i + config.batch] for i in range(0, len(order), config.batch)], []
     for chosen in chunks[PartialState().process_index::PartialState().num_processes]:
         batch = collate([rows[i] for i in chosen])
-        embeds = model.get_input_embeddings()(batch["input_ids"].to(model.device))  # [B, T, d]
+        embeds = model.shared(batch["input_ids"].to(model.device))  # [B, T, d]
         embeds, mask = prompt(embeds, batch["attention_mask"].to(model.device))  # [B, P+T, d]
         if task.labels:  # one at a time: the logits of C labels at once are C times [B, S, V]
             source = model.encoder(inputs_embeds=embeds, attention_mask=mask)  # [B, P+T, d], once
@@ -1134,8 +1132,8 @@ class AbsorbedAttention(nn.Module):
 def absorbed(model, gpu: bool = False):
     """A view of a T5 whose cross-attention makes no keys and values where targets are short.
 
-    On a CUDA device, unless asked for, the model as it is: there large products are cheap, and the
-    smaller ones cost more time than they save (evidence/README.md).
+    On a CUDA device, unless asked for, the model as it is: large products are cheap there, and this
+    costs more time than it saves (evidence/README.md).
     """
     for i, block in enumerate(model.decoder.block if gpu or model.device.type != "cuda" else ()):
         cross = AbsorbedAttention(block.layer[1].EncDecAttention)
