@@ -104,6 +104,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     config = parser.parse_args(argv)
     if config.precision not in ("fp32", "bf16"):
         parser.error("--precision is fp32 or bf16; in fp16 T5's activations overflow")
+    if min(config.steps, config.eval_every, config.prompt_length) < 1:
+        parser.error("--steps, --eval-every and --prompt-length must be at least 1")
     return config
 
 

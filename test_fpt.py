@@ -1031,7 +1031,7 @@ def refused(tmp_path, capfd, monkeypatch):
     ("--device cuda:99", "CUDA|NVIDIA"), ("--device abacus", "abacus"), ("--batch 33", "--batch"),
     ("--accumulate 5", "--batch.*parts"), ("--init wide", "wide.*width"), ("--init none", "none"),
     ("--task alike", "hm.*eh.*same tokens"), ("--out wide", "wide"), ("--model wide", "wide"),
-    ("--resume none", "none")])
+    ("--resume none", "none"), ("--eval-every 0", "--eval-every.*at least 1")])
 def test_a_bad_flag(more, says, refused, here, tmp_path):
     fpt.save_prompt("wide", torch.zeros(P, D + 1), "another")
     write_task(tmp_path / "alike", labels=["yes", "no", "hm", "eh"])  # both <unk>
