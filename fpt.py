@@ -202,7 +202,7 @@ def narrowed(block, scores: Tensor, width: float):
     ffn = f"layer.{len(block.layer) - 1}.DenseReluDense"  # behind one or two attentions
     if len(scores) != block.get_submodule(ffn).wo.weight.shape[1]:
         raise ValueError("the scores are of a model with another d_ff")
-    ranking = scores.argsort(descending=True, stable=True)
+    ranking = scores.argsort(descending=True, stable=True).to(next(block.parameters()).device)
     keep = ranking[:share_of(len(scores), width)].sort().values  # [k]
     for name, linear in block.get_submodule(ffn).named_children():
         if isinstance(linear, nn.Linear):  # rows of wi or wi_0, wi_1: [k, d]; columns of wo: [d, k]
@@ -546,7 +546,7 @@ def train(model, prompt, optimizer, schedule, batch_at, evaluate, run, steps, ev
 
 class Task(NamedTuple):
     """A task as data. Without `labels` it is free text: `generate` answers, and the decoder shrinks
-    too. For labels it stays whole, as in the paper: there it costs little.
+    too. For labels it stays whole, as in the paper.
     """
 
     columns: str = ""  # of a hub data set; the source is "column: text column: text"; XSum: bare
