@@ -834,7 +834,7 @@ def test_what_is_remarked_before_the_first_update(tokenizer, capsys):
             (YES_NO, [("w01", yes), ("w03", no)], [("w05", no)], ""),
             (YES_NO, [("w01", yes), ("w02 w02", yes)], [("zebra", yes), ("w01", yes)],
              "1 .*cut.*w02 w02.*\n.*1 .*unkn.*zebra.*\n.*1 .*in train.*w01.*\n.*1 .*train.*no.*"),
-            (TEXT, [("w01", ("w02 " * 5,)), ("w", ("no\nno",))], [], "1 .*cut.*\n.*1 .*changes.*"),
+            (TEXT, [("w01", ("w02 " * 5,)), ("no", ("no\nno",))], [], "1 .*cut.*\n.*1 .*changes.*"),
             (fpt.Task(metric="squad"), [("w01", ("W02-", "no"))], [("w03", ("a", "w02."))],
              r"2 .*unkn.*\n.*2 answers.* squad .*\('a', ''\)")]:
         fpt.remark(task, train, [("w04", yes)], validation, tokenizer, 2)
