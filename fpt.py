@@ -104,15 +104,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     config = parser.parse_args(argv)
     if config.precision not in ("fp32", "bf16"):
         parser.error("--precision is fp32 or bf16; in fp16 T5's activations overflow")
-    if min(config.steps, config.eval_every, config.prompt_length) < 1:
-        parser.error("--steps, --eval-every and --prompt-length must be at least 1")
     return config
 
 
 if __name__ == "__main__":
     parse_args()  # --help and a mistyped flag answer at once: torch imports slowly
 
-import torch  # noqa: E402
+import safetensors, torch  # noqa: E401, E402
 from accelerate import PartialState, utils  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -403,8 +401,8 @@ def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=
         ids = dict.fromkeys([*(first_ids if how == "labels" else ()), *drawn.tolist()])
         return embeddings[list(ids)[:length]].detach().float().cpu()
     prompt = load_prompt(how)
-    if prompt.shape[1] != embeddings.shape[1]:
-        raise ValueError(f"the prompt in {how} is of another width than the model: it fits another")
+    if prompt.shape != (length, embeddings.shape[1]):
+        raise ValueError(f"the prompt in {how} has another length or width than --prompt-length, d")
     return prompt
 
 
@@ -650,10 +648,10 @@ def load_folder(folder: Path):
                 row = json.loads(line)
                 answers = row["target"] if isinstance(row["target"], list) else [row["target"]]
                 source, *answers = map(clean, (row["source"], *answers))
-                if not all(text.strip() for text in (source, *answers)):
+                if not answers or not all(text.strip() for text in (source, *answers)):
                     raise ValueError("source or target is empty")
-                if task.labels and answers[0] not in task.labels:
-                    raise ValueError(f"target {answers[0]!r} is none of the labels {task.labels}")
+                if task.labels and (*answers,) not in zip(task.labels):
+                    raise ValueError(f"target {answers} is not one of the labels {task.labels}")
                 examples.append((source, tuple(answers)))
     except (ValueError, TypeError, LookupError, AttributeError) as why:
         raise ValueError(f"{place}: {type(why).__name__}: {why}; one JSON object a line") from None
@@ -676,9 +674,10 @@ def load_model(name: str, device, precision: str):
         # On a CPU in bf16 torch's sdpa is the slower one; for long sources it needs less memory.
         attn_implementation="eager" if (str(device), precision) == ("cpu", "bf16") else "sdpa",
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32)  # the default: the file's
-    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-    if wrong:  # transformers draws them at random, and says so in a warning
-        raise ValueError(f"config and weights of {name} do not fit: see {wrong[0]}")
+    known = config.vocab_size / 2 < len(tokenizer) <= config.vocab_size
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *(() if known else ["tokenizer"])]
+    if wrong:  # transformers draws such weights at random, and makes up a tokenizer that is absent
+        raise ValueError(f"config, weights and tokenizer of {name} do not fit: see {wrong[0]}")
     if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
         raise ValueError(f"the head of {name} is its embeddings: a resize overwrote it; reload it")
     ids = {key: value for key, value in vars(config).items() if key.endswith("_token_id")}
@@ -749,12 +748,14 @@ def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> No
     rows = [(*row, tokenizer(row[0]).input_ids, tokenizer(task.prefix + row[1][0]).input_ids)
             for row in (*train[::len(train) // 1000 + 1], *dev, *validation)]
     long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
+    text = functools.partial(tokenizer.decode, skip_special_tokens=True)
     compared = {"squad": squad_text, "rouge_l": rouge_text}.get(task.metric, str.strip)
     known, first = {*dict(train), *dict(dev)}, {"": ""}  # the first answer that is compared as this
-    pairs = [(text, first.setdefault(compared(text), text)) for row in rows for text in row[1]]
+    pairs = [(word, first.setdefault(compared(word), word)) for row in rows for word in row[1]]
     for what, found in {
             "are cut": [row for row in rows if len(row[2]) > max_source or len(row[3]) > long],
-            "have unknown tokens": [row for row in rows if unknown in row[2] + row[3]],
+            "have unknown tokens, or a target that the tokenizer changes": [row for row in rows if (
+                unknown in row[2] + row[3] or row[1][0].strip() not in text(row[3]))],
             f"answers are empty, or the same as another, to the metric {task.metric}": [
                 pair for pair in pairs if pair[0] != pair[1]],
             "validation sources are in train": [row for row in validation if row[0] in known],
@@ -805,10 +806,11 @@ def squad(predictions, examples, labels) -> dict[str, float]:
 
 
 def rouge_text(text: str) -> str:
-    """What ROUGE compares: lower-case words of any script. As in the rouge-score package, accented
-    Latin letters are blanks: for French or German, take another metric.
+    """What ROUGE compares: words of letters, marks, numbers of any script. As in the rouge-score
+    package, accented Latin letters are blanks: not for French or German. Chinese is one word.
     """
-    return re.sub(r"[\W_\u00aa-\u024f]+", " ", text.lower()).strip()
+    kept = (char if unicodedata.category(char)[0] in "LMN" else " " for char in text.lower())
+    return " ".join(re.sub("[\u00aa-\u024f]", " ", "".join(kept)).split())
 
 
 def rouge_l(predictions, examples, labels) -> dict[str, float]:
@@ -1015,9 +1017,8 @@ def open_folder(config, model, data) -> Path:
     if a new one is there already: nothing is overwritten.
     """
     weights = [row.flatten()[::row.numel() // 64 + 1].tolist() for row in model.parameters()]
-    settings = vars(config) | {
-        "model or data": zlib.crc32(repr((weights, data)).encode()),
-        "versions": [torch.__version__, sys.modules["transformers"].__version__]}
+    settings = {**vars(config), "model or data": zlib.crc32(repr((weights, data)).encode()),
+                "versions": [torch.__version__, sys.modules["transformers"].__version__]}
     if config.resume:
         saved = json.loads(Path(config.resume, "settings.json").read_text("utf-8"))
         other = [key for key in saved.keys() - FREE if settings[key] != saved[key]]
@@ -1069,8 +1070,8 @@ def main(argv=None) -> list[dict]:
     config, runs = parse_args(argv), []
     try:
         model, tokenizer, data, starts, out = prepare(config)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
-        print(f"fpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, AssertionError, safetensors.SafetensorError) as why:
+        print(f"fpt.py: error: {' '.join(str(why).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{config.model} on {model.device}, {config.task}: {len(data[1])} train examples; {out}")
     remark(*data, tokenizer, config.max_source)

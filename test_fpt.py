@@ -757,6 +757,8 @@ def test_dev_is_carved_by_source_and_limit_is_a_sample(tmp_path):
     ("train.jsonl", '{"source": "s", "target": "yes"}\nrubbish\n', ", line 2.*rubbish"),
     ("train.jsonl", "\udcff", ""), ("validation.jsonl", "{}\n\udcff", ""),  # bytes, but not UTF-8
     ("validation.jsonl", '{"source": " ", "target": "yes"}', ", line 1.*empty"),
+    ("validation.jsonl", '{"source": "s", "target": []}', ", line 1.*empty"),
+    ("train.jsonl", '{"source": "s", "target": ["yes", "no"]}', ", line 1.*'no'.* is not one"),
     ("validation.jsonl", '{"source": "s", "target": "maybe"}', ", line 1.*maybe.*yes.*no")])
 def test_a_bad_task_folder_names_file_and_line(name, content, says, tmp_path):
     (write_task(tmp_path / "task") / name).write_text(content, errors="surrogateescape")
@@ -828,7 +830,7 @@ def test_what_is_remarked_before_the_first_update(tokenizer, capsys):
             (YES_NO, [("w01", yes), ("w03", no)], [("w05", no)], ""),
             (YES_NO, [("w01", yes), ("w02 w02", yes)], [("zebra", yes), ("w01", yes)],
              "1 .*cut.*w02 w02.*\n.*1 .*unkn.*zebra.*\n.*1 .*in train.*w01.*\n.*1 .*train.*no.*"),
-            (TEXT, [("w01", ("w02 " * 5,)), ("w02", ("w02 " * 4,))], [], "1 .*cut.*"),
+            (TEXT, [("w01", ("w02 " * 5,)), ("no", ("no\nno",))], [], "1 .*cut.*\n.*1 .*changes.*"),
             (fpt.Task(metric="squad"), [("w01", ("W02-", "no"))], [("w03", ("a", "w02."))],
              r"2 .*unkn.*\n.*2 answers.* squad .*\('a', ''\)")]:
         fpt.remark(task, train, [("w04", yes)], validation, tokenizer, 2)
@@ -861,6 +863,7 @@ def test_metrics_by_hand():
             (("w x y z", ("w y z v",)), 75), (("w x", ("w x y z",)), 200 / 3),  # P 1, R 1/2
             (("w x", ("y z", "w x")), 100), (("cats", ("cat",)), 0), (("", ("cat",)), 0),
             (("Кошка, на крыше", ("кошка на крыше",)), 100), (("собака", ("кошка",)), 0),
+            (("राम की किताब", ("राम का कतब",)), 100 / 3), (("snake_case", ("snake case",)), 100),
             (("w x", ("w x",)), ("cat", ("dog",)), 50)]:
         assert scores_of("rouge_l", *pairs) == {"rouge_l": pytest.approx(expected)}, pairs
 
@@ -1026,9 +1029,11 @@ def refused(tmp_path, capfd, monkeypatch):
     ("--device cuda:99", "CUDA|NVIDIA"), ("--device abacus", "abacus"), ("--batch 33", "--batch"),
     ("--accumulate 5", "--batch.*parts"), ("--init wide", "wide.*width"), ("--init none", "none"),
     ("--task alike", "hm.*eh.*same tokens"), ("--out wide", "wide"), ("--model wide", "wide"),
-    ("--resume none", "none"), ("--eval-every 0", "--eval-every.*at least 1")])
+    ("--resume none", "none"), ("--init pointer", "[Hh]eader")])
 def test_a_bad_flag(more, says, refused, here, tmp_path):
-    fpt.save_prompt("wide", torch.zeros(P, D + 1), "another")
+    for name, width in ("wide", D + 1), ("pointer", D):
+        fpt.save_prompt(name, torch.zeros(P, width), "another")
+    Path("pointer/adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec")
     write_task(tmp_path / "alike", labels=["yes", "no", "hm", "eh"])  # both <unk>
     assert re.search(says, refused(*flags(here, "out", *more.split())))
 
