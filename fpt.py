@@ -32,7 +32,7 @@ to tune weights, or for models other than T5s. Lines that differ on purpose from
 
 To use FPT elsewhere, copy sections 1 to 5: the method, and `train`, its loop. They know nothing of
 settings, tasks or files (but for a prompt's). The rest is the program around them, and last a
-cheaper cross-attention, which every run of the program on a CPU has.
+cheaper cross-attention, which every run of the program has, but on CUDA.
 
 Glossary
     B        examples in a batch
@@ -389,7 +389,7 @@ def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=
     uniform: U(-1/sqrt(d), 1/sqrt(d)), the paper's. vocab: rows of `length` different tokens, drawn
     from the `common` most frequent (T5's vocabulary is sorted so; 0-2 are pad, eos, unk), or all if
     there are fewer. labels: the rows of `first_ids`, then as vocab (Lester et al. 2021). Else `how`
-    is the folder of a saved prompt; ValueError if that is of another width.
+    is the folder of a saved prompt; ValueError if that is of another length or width.
     `generator` (CPU) is the prompt's own, so every schedule of a seed starts from the same prompt.
     Official: the partial model draws random numbers before the prompt does, so starts differ.
     """
@@ -402,7 +402,7 @@ def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=
         return embeddings[list(ids)[:length]].detach().float().cpu()
     prompt = load_prompt(how)
     if prompt.shape != (length, embeddings.shape[1]):
-        raise ValueError(f"the prompt in {how} has another length or width than --prompt-length, d")
+        raise ValueError(f"the prompt in {how} has another length (--prompt-length) or width")
     return prompt
 
 
@@ -674,8 +674,8 @@ def load_model(name: str, device, precision: str):
         # On a CPU in bf16 torch's sdpa is the slower one; for long sources it needs less memory.
         attn_implementation="eager" if (str(device), precision) == ("cpu", "bf16") else "sdpa",
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32)  # the default: the file's
-    known = config.vocab_size / 2 < len(tokenizer) <= config.vocab_size
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *(() if known else ["tokenizer"])]
+    fits = config.vocab_size / 2 < len(tokenizer) <= config.vocab_size
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *(() if fits else ["tokenizer"])]
     if wrong:  # transformers draws such weights at random, and makes up a tokenizer that is absent
         raise ValueError(f"config, weights and tokenizer of {name} do not fit: see {wrong[0]}")
     if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
@@ -748,14 +748,13 @@ def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> No
     rows = [(*row, tokenizer(row[0]).input_ids, tokenizer(task.prefix + row[1][0]).input_ids)
             for row in (*train[::len(train) // 1000 + 1], *dev, *validation)]
     long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
-    text = functools.partial(tokenizer.decode, skip_special_tokens=True)
     compared = {"squad": squad_text, "rouge_l": rouge_text}.get(task.metric, str.strip)
     known, first = {*dict(train), *dict(dev)}, {"": ""}  # the first answer that is compared as this
     pairs = [(word, first.setdefault(compared(word), word)) for row in rows for word in row[1]]
     for what, found in {
             "are cut": [row for row in rows if len(row[2]) > max_source or len(row[3]) > long],
             "have unknown tokens, or a target that the tokenizer changes": [row for row in rows if (
-                unknown in row[2] + row[3] or row[1][0].strip() not in text(row[3]))],
+                unknown in row[2] + row[3] or row[1][0].strip() not in tokenizer.decode(row[3]))],
             f"answers are empty, or the same as another, to the metric {task.metric}": [
                 pair for pair in pairs if pair[0] != pair[1]],
             "validation sources are in train": [row for row in validation if row[0] in known],
@@ -1059,7 +1058,9 @@ def prepare(config):
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # the embeddings' gradient is nobody's
         model.train()  # it works in train mode alone; there is no dropout (`load_model`)
-    return absorbed(model), tokenizer, data, starts, open_folder(config, model, data)
+    # On CUDA large products are cheap: there absorption costs more time than it saves.
+    view = model if device.type == "cuda" else absorbed(model)
+    return view, tokenizer, data, starts, open_folder(config, model, data)
 
 
 def main(argv=None) -> list[dict]:
@@ -1132,13 +1133,9 @@ class AbsorbedAttention(nn.Module):
         return own.o(mean.flatten(2)), how.get("position_bias"), None  # of [B, S, H*d_kv]
 
 
-def absorbed(model, gpu: bool = False):
-    """A view of a T5 whose cross-attention makes no keys and values where targets are short.
-
-    On a CUDA device, unless asked for, the model as it is: large products are cheap there, and this
-    costs more time than it saves (evidence/README.md).
-    """
-    for i, block in enumerate(model.decoder.block if gpu or model.device.type != "cuda" else ()):
+def absorbed(model):
+    """A view of a T5 whose cross-attention makes no keys and values where targets are short."""
+    for i, block in enumerate(model.decoder.block):
         cross = AbsorbedAttention(block.layer[1].EncDecAttention)
         model = replaced(model, f"decoder.block.{i}.layer.1.EncDecAttention", cross)
     return model

@@ -108,9 +108,9 @@ def tokenizer():
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     core.post_processor = tokenizers.processors.TemplateProcessing(
         "$A </s>", special_tokens=[("</s>", 1)])
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, **special, additional_special_tokens=["<extra_id_0>"])
+        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<extra_id_0>"])
 
 
 def examples(count, seed=0):
@@ -186,9 +186,9 @@ def one_line(stderr):
 # ====== 1 Partial models ==========================================================================
 
 EVEN = {  # what the official rule gives
-    (24, 6): [0, 4, 8, 13, 18, 23], (24, 18): [*range(12), 13, 15, 17, 19, 21, 23], (5, 1): [0],
+    (24, 6): [0, 4, 8, 13, 18, 23], (24, 18): [*range(12), 13, 15, 17, 19, 21, 23],
     (12, 3): [0, 5, 11], (12, 6): [0, 2, 4, 6, 8, 11], (12, 9): [0, 1, 2, 3, 4, 5, 7, 9, 11],
-    (8, 2): [0, 7], (8, 4): [0, 2, 4, 7], (8, 6): [0, 1, 2, 3, 5, 7], (1, 1): [0]}
+    (8, 2): [0, 7], (8, 4): [0, 2, 4, 7], (8, 6): [0, 1, 2, 3, 5, 7], (5, 1): [0], (1, 1): [0]}
 
 
 def test_kept_layers_by_the_official_table_and_how_many_a_share_is():
@@ -292,8 +292,9 @@ def test_what_partial_t5_refuses():
 
 def score_batches():
     """Two padded batches, of 3 and of 2 examples: a mean of batch means would be wrong."""
-    lengths = ((6, 3), (4, 1), (9, 2)), ((3, 4), (5, 2))  # of source and target
-    return [fpt.collate([(range(n, 2 * n), range(20, 20 + m)) for n, m in row]) for row in lengths]
+    return [fpt.collate([(range(source, 2 * source), range(20, 20 + target))
+                         for source, target in sizes])
+            for sizes in (((6, 3), (4, 1), (9, 2)), ((3, 4), (5, 2)))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -807,10 +808,14 @@ def test_load_model_freezes_casts_and_refuses_what_is_not_whole_or_no_t5(here, t
     folder = shutil.copytree(here / "model", tmp_path / "model")
     for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
         model, _ = fpt.load_model(str(folder), "cpu", precision)
+        assert (model.config._attn_implementation == "eager") is (precision == "bf16")  # on a CPU
         assert not any(p.requires_grad for p in model.parameters())
         assert not any(m.training or getattr(m, "p", 0) for m in model.modules())  # no dropout
         for name, tensor in tiny().state_dict().items():  # the untied head among them
             torch.testing.assert_close(model.state_dict()[name], tensor.to(dtype), rtol=0, atol=0)
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("token*"))
+    with pytest.raises(ValueError, match="see tokenizer"):  # transformers makes one up
+        fpt.load_model(str(bare), "cpu", "fp32")
     whole, settings = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
     final, resized = "decoder.final_layer_norm.weight", {  # what a resize of embeddings does
         "lm_head.weight": whole["shared.weight"].clone()}

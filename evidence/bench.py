@@ -168,7 +168,7 @@ def speed(model, args) -> list[dict]:
     Each contender is timed at three lengths; seconds are quadratic in between.
     """
     runs, lengths = {}, (24, 120, RTE[-1])
-    views = {"": lambda part: part, ", absorbed": functools.partial(fpt.absorbed, gpu=True)}
+    views = {"": lambda part: part, ", absorbed": fpt.absorbed}
     sizes = {view: sizes_of(model, ["cr"], make) for view, make in views.items()}
     for attention in args.attention:
         for length in lengths:
