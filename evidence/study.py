@@ -340,9 +340,27 @@ def summary(records: dict[str, dict]) -> pandas.DataFrame:
     found["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
     fixed = [name for name in FIXED if re.search(r"0\.2|0\.5", name)]
     text = pandas.DataFrame(found).loc[[*fixed, *PRESETS]].join(
-        PAPER.iloc[:, [1, 3]])
+        PAPER.iloc[:, [1, 3]].set_axis(["paper: minus PT", "paper: Improve"], axis=1))
     text.loc[fixed, [f"{title}: gain" for title in records]] = ""  # scored on a part
     return text.rename(index="`{}`".format)
+
+
+def late(records: dict[str, dict]) -> pandas.DataFrame:
+    """Runs of `cr` by the dev score with which the full model begins: how many, and how many of
+    them end five points under `pt`. On tasks with two answers: half of them are right by chance.
+    """
+    found = {}
+    for title, record in records.items():
+        cells = pandas.DataFrame(record["cells"]).query("change == '' and task != 'slot'")
+        cells = cells.set_index(["schedule", "task", "seed"])
+        start = pandas.Series([[dev for step, dev in zip(row.step, row.dev)
+                                if step <= 0.6 * row.step[-1]][-1]
+                               for row in cells.loc["cr"].itertuples()], cells.loc["cr"].index)
+        failed = cells.validation["cr"] < cells.validation["pt"] - 5
+        found[title] = {f"{what}{end}": str(count) for what, rows in (
+            ("under 65", start < 65), ("others", start >= 65)) for end, count in (
+            ("", rows.sum()), (": of these end low", (rows & failed).sum()))}
+    return pandas.DataFrame(found).T
 
 
 def transferred(record: dict) -> pandas.DataFrame:
@@ -362,7 +380,7 @@ RECORDS = {  # what each shows, and the command that made it
                     "study.py --out runs/study-whole --part table transfer --model "
                     "runs/whole/model --steps 300 --eval-every 10"),
     "speed-cpu": ("what an update costs on two cores of a CPU, in fp32",
-                  "bench.py --shape t5-base --precision fp32 --attention sdpa"),
+                  "bench.py --shape t5-base --precision fp32 --attention sdpa --rounds 2"),
     "speed-xeon": ("on eight of a CPU with bf16 units; fp32: one turn, sdpa alone",
                    "bench.py --shape t5-base --part speed --threads 8 --rounds 2"),
     "speed-gpu": ("on a GPU; its host was busy, so the smaller models vary by a third", "bench.py "
@@ -410,9 +428,13 @@ def readme() -> str:
     text = pandas.DataFrame(rows.values(), rows, ["what it shows", "made by", "minutes", "machine"])
     head = Path(__file__).with_name("README.md").read_text().partition(MARK)[0]
     both = summary({"shipped": load("study"), "brittle": load("study-whole")})
-    found[1:1] = [markdown("## Parts and schedules, both models", both), markdown(
-        "## Speed, over PEFT grouped by length with the same attention",
-        speeds([load(name) for name in RECORDS if name.startswith("speed")]))]
+    begun = late({name: load(name) for name in ("default", "study", "study-whole")})
+    found[1:1] = [
+        markdown("## Parts and schedules, both models", both),
+        markdown("## Runs of `cr` by their dev score when the last stage begins", begun),
+        *(markdown(f"## Speed on {where}, over PEFT grouped by length with the same attention",
+                   speeds([load(name) for name in names]))
+          for where, names in (("CPUs", ("speed-cpu", "speed-xeon")), ("a GPU", ["speed-gpu"])))]
     return "\n".join([head + MARK, markdown("", text), *found])
 
 
