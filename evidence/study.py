@@ -308,7 +308,6 @@ def tables(record: dict) -> str:
     if plain:
         frame = compared(plain)
         schedules = table(frame, ["pt", *PRESETS])
-        schedules["seconds"] = (frame.seconds.groupby("name").mean() / 100).map("{:.2f}".format)
         gains = per_task(frame, "gain").mean().map("{:+.1f}".format).loc[PRESETS]
         gains["mean"] = [pooled(frame.gain[name]) for name in PRESETS]
         gains["paper's"] = PAPER["paper's"]
