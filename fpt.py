@@ -23,7 +23,7 @@ labels, in the encoder alone), that grows in stages to the full model. The same 
 
 Measured with the first command and seeds 8 to 31, on a micro T5 made to survive layer dropping
 (evidence/README.md; dev accuracy in %, mean ± standard deviation): pt 95.4 ± 4.4, cr 95.9 ± 6.7
-with 0.64 of its FLOPs, and pt stopped at the FLOPs of cr 86.0 ± 7.5. No pretrained T5 has been run
+with 0.64 of its FLOPs, and pt stopped at 0.70 of them 86.0 ± 7.5. No pretrained T5 has been run
 yet. Where FPT fails: tutorial.md.
 
 What this is not: a library of tuning methods (PEFT is; the prompts saved here load there), a way
