@@ -378,8 +378,8 @@ RECORDS = {  # what each shows, and the command that made it
     "study-whole": ("the first two of these on a model made without sub-networks",
                     "study.py --out runs/study-whole --part table transfer --model "
                     "runs/whole/model --steps 300 --eval-every 10"),
-    "speed-cpu": ("what an update costs on two cores of a CPU, in fp32",
-                  "bench.py --shape t5-base --precision fp32 --attention sdpa --rounds 2"),
+    "speed-cpu": ("what an update costs on two cores of a CPU, in fp32; t5-small: speed alone",
+                  "bench.py --precision fp32 --attention sdpa --rounds 2"),
     "speed-xeon": ("on eight of a CPU with bf16 units; fp32: one turn, sdpa alone",
                    "bench.py --shape t5-base --part speed --threads 8 --rounds 2"),
     "speed-gpu": ("on a GPU; its host was busy, so the smaller models vary by a third", "bench.py "
