@@ -1,19 +1,20 @@
-"""The study behind the tutorial's tables, on a micro model: python evidence/study.py --out FOLDER
+"""The study behind the tutorial's tables, on micro models: python evidence/study.py --out FOLDER
 
 A cell is one run of `fpt.main`: a task, a schedule, a seed, and at most one change to the method.
 Cells that FOLDER has are kept, so a stopped study goes on. What they say together goes to
-FOLDER/study.json. All of it takes some three hours on two cores; --part and --seed take less.
+FOLDER/study.json, a line a run. --part and --seed run less of it.
 
+default   the default command, and the same with a lower rate in its last stage
 table     prompt tuning on fixed partial models (the paper's Table 1), and the presets (Table 2)
 change    `cr` in half the updates, with one thing done otherwise, and without its partial stages
 transfer  every prompt of the part table on every partial model, and their cosines
-search    schedules, on tasks that are not reported elsewhere, seeds 0 to 2: what chose `fast`
 
---show study.json prints the tables of a record, --draw FOLDER the figures of two.
+--show prints the tables of a record; --tables writes evidence/README.md and the pictures anew, from
+the records beside it. Minutes are those of the updates, on one core, others busy beside it.
 """
 
 import argparse, collections, contextlib, itertools, json, math  # noqa: E401
-import multiprocessing, re, shutil, sys, zlib  # noqa: E401
+import multiprocessing, re, shutil, sys  # noqa: E401
 from concurrent import futures
 from functools import partial
 from pathlib import Path
@@ -21,36 +22,24 @@ from typing import Callable, NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "micro")]
+sys.path[:0] = [str(ROOT), str(ROOT / "micro"), str(ROOT / "evidence")]
 
 import pandas, torch  # noqa: E401, E402
 from matplotlib.figure import Figure  # noqa: E402
 from scipy import stats  # noqa: E402
 
-import fpt, make  # noqa: E401, E402
+import bench, fpt, make  # noqa: E401, E402
 
-PARTS = ("table", "change", "transfer", "search")
-REPORTED, CHOOSING = ("slot", "present", "word", "told"), ("entailment", "same")
+PARTS = ("default", "table", "change", "transfer")
+REPORTED = ("slot", "present", "word", "told")
 FIXED = ("pt", "0.25x1:1", "0.5x1:1", "0.75x1:1", "1x0.25:1", "1x0.5:1", "1x0.75:1",
          "0.25x0.25:1", "0.5x0.5:1", "0.75x0.75:1")
 COMPOUND, PRESETS = [*FIXED[-3:], "pt"], ["ld", "fr", "cr", "fast"]
-SEARCH = ("pt", "ld", "fr", "cr", *(f"{small:g}x{small:g}:{share:g},1x1:{1 - share:g}"
-                                    for small in (0.25, 0.5) for share in (0.6, 0.8, 0.9)),
-          "0.25x0.25:0.4,0.5x0.5:0.4,1x1:0.2", "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.2,1x1:0.2",
-          "0.25x0.25:0.3,0.5x0.5:0.3,0.75x0.75:0.3,1x1:0.1")
+MOST = ("pt", "cr", "fast")  # of these, all seeds; of the rest the first five
 
 # ====== One change at a time ======================================================================
 
-SCORES, TRAIN = fpt.neuron_scores, fpt.train
-
-
-def nested(total: int, keep: int) -> list[int]:
-    """Each set contains the smaller ones: layers are added where the widest gap is."""
-    kept = [0, total - 1][:keep]
-    while len(kept) < keep:
-        width, start = max((b - a, -a) for a, b in itertools.pairwise(kept))
-        kept = sorted([*kept, -start + width // 2])
-    return kept
+BATCHES, SCORES, TRAIN = fpt.batches, fpt.neuron_scores, fpt.train
 
 
 def random_layers(seed: int, total: int, keep: int) -> list[int]:
@@ -76,6 +65,21 @@ def forgetful(*args, **more):
             optimizer.state.clear()
 
 
+def slowed(*args, **more):
+    """`fpt.train` with a third of the rate in the last 40 % of the updates: the last stage of `cr`.
+    """
+    optimizer, steps = args[2], args[7]
+    for run in TRAIN(*args, **more):
+        yield run
+        if run["step"] >= 0.6 * steps:
+            optimizer.param_groups[0]["lr"] = 0.1
+
+
+def shuffled(examples, encode, seed, size, pool=1):
+    """`fpt.batches` without sorting by length."""
+    return BATCHES(examples, encode, seed, size, pool=1)
+
+
 class Change(NamedTuple):
     """A schedule, its share of the updates, flags, and what of fpt is replaced, from the seed."""
 
@@ -87,7 +91,6 @@ class Change(NamedTuple):
 
 CHANGES = {
     "none": Change(),
-    "layers nested": Change(replaced=lambda seed: {"kept_layers": nested}),
     "layers random": Change(replaced=lambda seed: {"kept_layers": partial(random_layers, seed)}),
     "neurons random": Change(replaced=lambda seed: {"neuron_scores": random_neurons}),
     "optimiser reset": Change(replaced=lambda seed: {"train": forgetful}),
@@ -99,6 +102,9 @@ CHANGES = {
     "pt, start labels": Change("pt", flags=("--init", "labels")),
     **{f"pt, length {P}": Change("pt", flags=("--prompt-length", P)) for P in ("5", "50")},
 }
+DEFAULT = {f"{name}, {what}": Change(name, replaced=lambda seed, how=how: how)  # on its task
+           for what, how in (("rate / 3 at the end", {"train": slowed}),
+                             ("shuffled batches", {"batches": shuffled})) for name in ("pt", "cr")}
 
 # ====== Cells =====================================================================================
 
@@ -107,36 +113,40 @@ def cells(parts, seeds) -> list[tuple[str, str, str, int]]:
     """(task, schedule, change, seed), the most telling first."""
     plain = [(name, "") for name in (*FIXED, *PRESETS) if {"table", "transfer"} & set(parts)]
     changed = [(change.schedule, name) for name, change in CHANGES.items() if "change" in parts]
-    return [(task, *kind, seed) for seed in seeds for kinds, tasks in (
-        (plain, REPORTED), (changed, REPORTED),
-        ([(name, "") for name in SEARCH if "search" in parts and seed < 3], CHOOSING))
-        for task in tasks for kind in kinds]
+    default = [("pt", ""), ("cr", "")] + [(row.schedule, name) for name, row in DEFAULT.items()]
+    found = [("entailment", *kind, seed) for seed in seeds if "default" in parts
+             for kind in default if not kind[1] or seed in range(8, 24)]
+    return found + [(task, *kind, seed) for seed in seeds for task in REPORTED
+                    for kind in plain + changed
+                    if kind in [(name, "") for name in MOST] or seed in seeds[:5]]
 
 
 def place(out: Path, task, schedule, change, seed) -> Path:
     """The folder of a cell's command."""
-    return out / "runs" / task / re.sub("[:, ]+", "_", f"{change or 'as is'} {schedule} {seed}")
+    return out / "runs" / task / re.sub("[:, /]+", "_", f"{change or 'as is'} {schedule} {seed}")
 
 
 def run_cell(args, cell) -> dict:
     """Train, unless it was done before. -> what the study keeps of it."""
     task, schedule, name, seed = cell
-    change, folder = CHANGES.get(name, Change()), place(args.out, *cell)
-    tasks = ROOT / "micro" if task == "entailment" else args.out / "tasks"
-    steps = round(args.steps / 2 * change.share) if name else args.steps
+    change, folder = (CHANGES | DEFAULT).get(name, Change()), place(args.out, *cell)
+    command = ["--schedule", schedule, "--seed", str(seed), "--out", str(folder), *change.flags]
+    if task != "entailment":  # which is the default command
+        steps = round(args.steps / 2 * change.share) if name else args.steps
+        command += ["--model", str(args.model), "--task", str(args.out / "tasks" / task), "--steps",
+                    str(steps), "--eval-every", str(args.eval_every), "--dev", "200",
+                    "--limit", "500", "--threads", "1", "--device", "cpu"]
     if not list(folder.glob("*/results.json")):
         shutil.rmtree(folder, ignore_errors=True)  # a change does not know what came before a stop
         with mock.patch.dict(vars(fpt), change.replaced(seed)), contextlib.redirect_stdout(None):
-            fpt.main(["--model", str(args.model), "--task", str(tasks / task), "--out", str(folder),
-                      "--schedule", schedule, "--seed", str(seed), "--steps", str(steps),
-                      "--eval-every", str(args.eval_every), "--dev", "200", "--limit", "500",
-                      "--threads", "1", "--device", "cpu", *change.flags])
+            fpt.main(command)
     [path] = folder.glob("*/results.json")
     run = json.loads(path.read_text())
-    kept = {key: [row[key] for row in run["log"]] for key in ("step", "best", "flops")}
-    return {"task": task, "schedule": schedule, "change": name, "seed": seed, **kept,
+    dev = [fpt.main_score(row["dev"]) for row in run["log"]]
+    kept = {key: [row[key] for row in run["log"]] for key in ("step", "flops")}
+    return {"task": task, "schedule": schedule, "change": name, "seed": seed, "dev": dev, **kept,
             "validation": fpt.main_score(run["validation"]), "full_updates": run["full_steps"],
-            "seconds": run["seconds"]}
+            "seconds": round(run["seconds"], 2)}
 
 
 def prompt_of(args, task, schedule, seed):
@@ -167,7 +177,7 @@ def cosines(args) -> dict[str, float]:
     """
     found, prompts = collections.defaultdict(list), {
         key: prompt_of(args, *key).flatten()
-        for key in itertools.product(REPORTED, COMPOUND, args.seed)}
+        for key in itertools.product(REPORTED, COMPOUND, args.seed[:5])}
     for first, second in itertools.permutations(prompts, 2):
         same = "".join("=" if a == b else "x" for a, b in zip(first, second))  # task, model, seed
         title = {"=x=": f"`{first[1]}`, same seed", "==x": "`pt`, other seed",
@@ -191,20 +201,25 @@ PAPER = pandas.DataFrame([row.split() for row in (
     ["paper: labels", "paper: five tasks", "paper: FLOPs", "paper's"]).replace("-", "")
 
 
-def compared(record: dict, changes: bool = False, reported: bool = True) -> pandas.DataFrame:
-    """The rows of `fpt.compare`, task by task; their index is name, task and seed."""
-    runs, names = collections.defaultdict(list), ("name", "task", "seed")
-    for cell in record["cells"]:
-        if bool(cell["change"]) == changes and (cell["task"] in REPORTED) == reported:
-            log = [dict(zip(("step", "flops", "best"), row))
-                   for row in zip(cell["step"], cell["flops"], cell["best"])]
-            runs[cell["task"]].append(cell | {
-                "schedule": cell["change"] or cell["schedule"], "log": log,
-                "dev": {"": log[-1]["best"]}, "validation": {"": cell["validation"]},
-                "flops": log[-1]["flops"], "full_steps": cell["full_updates"]})
-    return pandas.concat([fpt.compare(rows).set_index(pandas.MultiIndex.from_tuples(
-        [(row["schedule"], row["task"], row["seed"]) for row in rows], names=names))
-        for rows in runs.values()] or [pandas.DataFrame()])
+def compared(cells: list[dict]) -> pandas.DataFrame:
+    """The rows of `fpt.compare`, task by task; their index is name, task and seed. And `jumps`:
+    how far dev scores of the last 40 % of the updates are from those before, on average.
+    """
+    runs = collections.defaultdict(list)
+    for cell in cells:
+        best = itertools.accumulate(cell["dev"], max)
+        log = [dict(zip(("step", "flops", "best"), row))
+               for row in zip(cell["step"], cell["flops"], best)]
+        late = [dev for step, dev in zip(cell["step"], cell["dev"])
+                if step >= 0.6 * cell["step"][-1]]
+        runs[cell["task"]].append(cell | {
+            "schedule": cell["change"] or cell["schedule"], "log": log, "flops": log[-1]["flops"],
+            "dev": {"": log[-1]["best"]}, "validation": {"": cell["validation"]},
+            "full_steps": cell["full_updates"],
+            "jumps": sum(abs(b - a) for a, b in itertools.pairwise(late)) / (len(late) - 1)})
+    return pandas.concat([fpt.compare(rows).assign(jumps=[row["jumps"] for row in rows]).set_index(
+        pandas.MultiIndex.from_tuples([(row["schedule"], row["task"], row["seed"]) for row in rows],
+                                      names=("name", "task", "seed"))) for rows in runs.values()])
 
 
 def per_task(frame, key: str):
@@ -214,12 +229,15 @@ def per_task(frame, key: str):
 
 
 def spread(values) -> str:
-    """Mean ± standard deviation over seeds, as text; the deviation needs two of them."""
-    return f"{values.mean():.1f} ± {values.std():.1f}".removesuffix(" ± nan")
+    """Mean ± standard deviation over seeds, as text."""
+    return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
 def pooled(values) -> str:
     """Mean and 95 % interval (Student's t) over all pairs of a task and a seed."""
+    values = values.dropna()  # pairs that both have run
+    if not values.any():  # of a thing with itself
+        return ""
     bounds = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
     return "{:+.1f} [{:.1f}, {:.1f}]".format(values.mean(), *bounds)
 
@@ -233,10 +251,41 @@ def goals(frame):
 def table(frame, names, base=lambda name: "pt"):
     """Validation by task and of their mean; that less the base's, in pairs; FLOPs over `pt`'s."""
     text, scores = per_task(frame, "validation").agg(spread).loc[[*names]], frame.validation
-    text["less base [95 %]"] = [pooled(scores[name] - scores[base(name)]) if name != base(name)
+    text["minus base [95 %]"] = [pooled(scores[name] - scores[base(name)]) if name != base(name)
                                 else "" for name in names]
     text["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
     return text
+
+
+def of_default(frame, seeds) -> pandas.DataFrame:
+    """`pt` and `cr` of the default command, for some of its seeds."""
+    part, text = frame[frame.index.get_level_values("seed").isin(seeds)].groupby("name"), {}
+    for key in ("dev", "validation", "pt, same flops", "full alone"):
+        text[key] = part[key].agg(spread)
+    text["worst"] = part.validation.min().map("{:.1f}".format)
+    text["gain [95 %]"] = part.gain.agg(pooled)
+    for key, how in ("flops", "{:.3f}"), ("seconds", "{:.2f}"):
+        text[key] = (part[key].mean() / 100).map(how.format)
+    text["to 99 %"] = (part["to 99 %"].agg(lambda goal: goal.fillna(math.inf).median()) / 100).map(
+        "{:.2f}".format)
+    text = pandas.DataFrame(text).loc[["pt", "cr"]]
+    text.loc["pt", ["pt, same flops", "full alone"]] = ""
+    return text.rename(index=lambda name: f"`{name}`, seeds {seeds[0]} to {seeds[-1]}")
+
+
+def of_changes(frame) -> pandas.DataFrame:
+    """The changes to the default command, beside the same seeds of the unchanged one."""
+    names = ["pt", "cr", *DEFAULT]
+    seeds = frame.loc[names[-1]].index.unique("seed")
+    frame = frame[frame.index.get_level_values("seed").isin(seeds)]
+    part, scores = frame.groupby("name"), frame.validation
+    return pandas.DataFrame({
+        "validation": part.validation.agg(spread), "worst": part.validation.min().map(str),
+        "under 95": part.validation.agg(lambda score: f"{(score < 95).sum()} of {len(score)}"),
+        "minus unchanged [95 %]": {name: pooled(scores[name] - scores[name.partition(",")[0]])
+                                  if name in DEFAULT else "" for name in names},
+        "jumps": part.jumps.mean().map("{:.1f}".format),
+        "FLOPs": (part.flops.mean() / 100).map("{:.3f}".format)}).loc[names]
 
 
 def markdown(title: str, text) -> str:
@@ -245,34 +294,72 @@ def markdown(title: str, text) -> str:
 
 
 def tables(record: dict) -> str:
-    """All that the record has cells for, as Markdown."""
-    plain, changed = compared(record), compared(record, changes=True)
-    chosen, found = compared(record, reported=False), []
-    if len(plain):
-        schedules = table(plain, ["pt", *PRESETS])
-        schedules["seconds"] = (plain.seconds.groupby("name").mean() / 100).map("{:.2f}".format)
-        gains = per_task(plain, "gain").mean().map("{:+.1f}".format).loc[PRESETS]
-        gains["mean"] = [pooled(plain.gain[name]) for name in PRESETS]
+    """All that a record has cells for, as Markdown."""
+    cells, found = record["cells"], []
+    default = [cell for cell in cells if cell["task"] == "entailment"]
+    plain, changed = ([cell for cell in cells if cell["task"] in REPORTED and bool(
+        cell["change"]) == changes] for changes in (False, True))
+    if default:
+        frame = compared(default)
+        halves = [of_default(frame, seeds) for seeds in (range(8), range(8, 32))]
+        found += [markdown("`python fpt.py`, seeds that chose things and seeds that did not",
+                           pandas.concat(halves)),
+                  markdown("The same with one thing done otherwise", of_changes(frame))]
+    if plain:
+        frame = compared(plain)
+        schedules = table(frame, ["pt", *PRESETS])
+        gains = per_task(frame, "gain").mean().map("{:+.1f}".format).loc[PRESETS]
+        gains["mean"] = [pooled(frame.gain[name]) for name in PRESETS]
         gains["paper's"] = PAPER["paper's"]
         for title, key in (("`pt`, same FLOPs", "pt, same flops"), ("full alone", "full alone")):
-            gains[title] = per_task(plain, key)["mean"].agg(spread)
-        found += [markdown("Fixed partial models", table(plain, FIXED).join(PAPER.iloc[:, :3])),
+            gains[title] = per_task(frame, key)["mean"].agg(spread)
+        found += [markdown("Fixed partial models", table(frame, FIXED).join(PAPER.iloc[:, :3])),
                   markdown("Schedules", schedules.join(PAPER.iloc[:, :3])),
                   markdown("Gain over `pt` stopped early", gains),
-                  markdown("FLOPs to 99 % of the score of `pt`", goals(plain).loc[PRESETS])]
-    if len(changed):
-        text = table(changed, CHANGES, lambda name: (
-            "pt" if name.startswith("pt,") and CHANGES[name].flags else "none"))
-        found.append(markdown("One change", text))
-    if len(chosen):
-        text = table(chosen, SEARCH).assign(**{"to 99 %": goals(chosen)["mean"]})
-        found.append(markdown("Schedules on the choosing tasks", text))
+                  markdown("FLOPs to 99 % of the score of `pt`", goals(frame).loc[PRESETS])]
+    if changed:
+        found.append(markdown("One change", table(compared(changed), CHANGES, lambda name: (
+            "pt" if name.startswith("pt,") and CHANGES[name].flags else "none"))))
     if "transfer" in record:
-        matrix = transferred(record).loc[COMPOUND, COMPOUND].map("{:.1f}".format)
-        cosine = alike(record["cosines"]).map("{:.3f}".format)
+        matrix = transferred(record).map("{:.1f}".format)
+        cosine = pandas.DataFrame(record["cosines"], ["cosine"]).map("{:.3f}".format)
         found += [markdown("Prompts (rows) on models", matrix),
                   markdown("Cosine with the prompt of `pt`", cosine)]
     return "\n".join(found)
+
+
+def summary(records: dict[str, dict]) -> pandas.DataFrame:
+    """The paper's Tables 1 and 2 on several models: means of the four tasks, in pairs less `pt`."""
+    found = {}
+    for title, record in records.items():
+        frame = compared([cell for cell in record["cells"] if not cell["change"]])
+        for key, values in (("minus `pt`", frame.validation - frame.validation["pt"]),
+                            ("gain", frame.gain)):
+            found[f"{title}: {key}"] = values.groupby("name").agg(pooled)
+    found["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
+    fixed = [name for name in FIXED if re.search(r"0\.2|0\.5", name)]
+    text = pandas.DataFrame(found).loc[[*fixed, *PRESETS]].join(
+        PAPER.iloc[:, [1, 3]].set_axis(["paper: minus PT", "paper: Improve"], axis=1))
+    text.loc[fixed, [f"{title}: gain" for title in records]] = ""  # scored on a part
+    return text.rename(index="`{}`".format)
+
+
+def late(records: dict[str, dict]) -> pandas.DataFrame:
+    """Runs of `cr` by the dev score with which the full model begins: how many, and how many of
+    them end five points under `pt`. On tasks with two answers: half of them are right by chance.
+    """
+    found = {}
+    for title, record in records.items():
+        cells = pandas.DataFrame(record["cells"]).query("change == '' and task != 'slot'")
+        cells = cells.set_index(["schedule", "task", "seed"])
+        start = pandas.Series([[dev for step, dev in zip(row.step, row.dev)
+                                if step <= 0.6 * row.step[-1]][-1]
+                               for row in cells.loc["cr"].itertuples()], cells.loc["cr"].index)
+        failed = cells.validation["cr"] < cells.validation["pt"] - 5
+        found[title] = {f"{what}{end}": str(count) for what, rows in (
+            ("under 65", start < 65), ("others", start >= 65)) for end, count in (
+            ("", rows.sum()), (": of these end low", (rows & failed).sum()))}
+    return pandas.DataFrame(found).T
 
 
 def transferred(record: dict) -> pandas.DataFrame:
@@ -281,20 +368,76 @@ def transferred(record: dict) -> pandas.DataFrame:
     return sum(rows) / len(rows)
 
 
-def alike(found: dict) -> pandas.DataFrame:
-    """`cosines` as a row."""
-    if "by_task" in found:  # a record of the former code, of last prompts
-        rows = pandas.DataFrame(sum(found["by_task"].values(), []))
-        means = rows.groupby(rows.schedules.map(" ".join)).mean(numeric_only=True)
-        found = {f"`{name}`, same seed": means.same_seed[f"pt {name}"] for name in COMPOUND[:3]} | {
-            "`pt`, other seed": means.other_seed["pt pt"], "`pt`, other task": found["other_task"],
-            "random": means.other_seed["random"]}
-    return pandas.DataFrame(found, ["cosine"])
+# ====== evidence/README.md ========================================================================
+
+RECORDS = {  # what each shows, and the command that made it
+    "default": ("the default command, 32 seeds, and two changes to it",
+                "study.py --out runs/default --part default --seed {0..31}"),
+    "study": ("four more tasks: parts of the model, schedules, one change at a time",
+              "study.py --out runs/study --part table change transfer"),
+    "study-whole": ("the first two of these on a model made without sub-networks",
+                    "study.py --out runs/study-whole --part table transfer --model "
+                    "runs/whole/model --steps 300 --eval-every 10"),
+    "speed-cpu": ("what an update costs on two cores of a CPU, in fp32; t5-small: speed alone",
+                  "bench.py --precision fp32 --attention sdpa --rounds 2"),
+    "speed-xeon": ("on eight of a CPU with bf16 units; fp32: one turn, sdpa alone",
+                   "bench.py --shape t5-base --part speed --threads 8 --rounds 2"),
+    "speed-gpu": ("on a GPU; its host was busy, so the smaller models vary by a third", "bench.py "
+                  "--shape t5-base t5-large v1.1-xl --precision bf16 --attention sdpa --rounds 5")}
+MARK = "<!-- From here on: python evidence/study.py --tables -->"
+
+
+def load(name: str) -> dict:
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
+
+
+def speeds(records) -> pandas.DataFrame:
+    """Examples per second of all ways, over those of PEFT's batches grouped by length."""
+    rows = []
+    for record in records:
+        made_on = record["machine"]["device"].replace("cpu", record["machine"]["cpu"])
+        rows += [{"way": row["way"], "text": f"{row['over PEFT grouped']:.2f}", "on": ", ".join((
+            row["shape"], row["precision"], row["attention"], made_on.split("(")[0].split()[-1]))}
+            for row in record["rows"] if row["part"] == "speed" and "grouped" not in row["way"]]
+    found = pandas.DataFrame(rows).pivot(index="way", columns="on", values="text").fillna("")
+    return found[[*dict.fromkeys(row["on"] for row in rows)]].loc[
+        [*dict.fromkeys(row["way"] for row in rows)]]
+
+
+def costs(record: dict) -> str:
+    """A record of bench.py as Markdown."""
+    found, frame = [], pandas.DataFrame(record["rows"])
+    for names, rows in frame.groupby(["part", "shape", "precision"], sort=False):
+        text = rows.set_index("way").drop(columns=["part", "shape", "precision"])
+        text = text.dropna(axis=1, how="all").map(lambda value: value if isinstance(
+            value, str) else "" if math.isnan(value) else f"{value:.4g}")
+        found.append(markdown(", ".join(names), text))
+    return "\n".join(found)
+
+
+def readme() -> str:
+    """evidence/README.md, its end made anew from the records."""
+    found, rows = [], {}
+    for name, (what, command) in RECORDS.items():
+        record = load(name)
+        made_on = "; ".join(f"{key} {value}" for key, value in record["machine"].items())
+        rows[f"`{name}.json`"] = [what, f"`python evidence/{command}`", str(record["minutes"]),
+                                  made_on]
+        found.append(f"## {name}.json\n\n" + (costs if "rows" in record else tables)(record))
+    text = pandas.DataFrame(rows.values(), rows, ["what it shows", "made by", "minutes", "machine"])
+    head = Path(__file__).with_name("README.md").read_text().partition(MARK)[0]
+    both = summary({"shipped": load("study"), "brittle": load("study-whole")})
+    begun = late({name: load(name) for name in ("default", "study", "study-whole")})
+    found[1:1] = [
+        markdown("## Parts and schedules, both models", both),
+        markdown("## Runs of `cr` by their dev score when the last stage begins", begun),
+        *(markdown(f"## Speed on {where}, over PEFT grouped by length with the same attention",
+                   speeds([load(name) for name in names]))
+          for where, names in (("CPUs", ("speed-cpu", "speed-xeon")), ("a GPU", ["speed-gpu"])))]
+    return "\n".join([head + MARK, markdown("", text), *found])
 
 
 # ====== Figures ===================================================================================
-
-TITLES = {"study": "shipped model", "study-whole": "made without sub-networks"}
 
 
 def draw_schedule(name: str = "cr", layers: int = 12):
@@ -318,18 +461,18 @@ def draw_schedule(name: str = "cr", layers: int = 12):
     return plot
 
 
-def draw_curves(records: dict[str, dict]):
+def draw_curves(records: dict[str, dict], names):
     """Best dev score so far against FLOPs, as a share of what `pt` spends: mean of tasks, seeds."""
-    plot = Figure(figsize=(7, 3.4), layout="constrained")
+    plot = Figure(figsize=(1 + 3 * len(records), 3.4), layout="constrained")
     panels = plot.subplots(1, len(records), sharey=True, squeeze=False)[0]
     for axes, (title, record) in zip(panels, records.items()):
-        cells = pandas.DataFrame(record["cells"]).query("change == '' and task in @REPORTED")
+        cells = pandas.DataFrame(record["cells"]).query("change == ''")
         cells = cells.set_index(["schedule", "task", "seed"])
         ends = cells.flops["pt"].str[-1]
-        for name, color, line in ("pt", "black", "-"), ("cr", "0.35", "--"), ("fast", "0.1", ":"):
-            flops, best = (pandas.DataFrame(cells[key][name].to_list(), cells.loc[name].index)
-                           for key in ("flops", "best"))  # a row for each task and seed
-            x, y = flops.div(ends, axis=0).mean().to_list(), best.mean().to_list()
+        for name, color, line in zip(names, ("black", "0.35", "0.1"), ("-", "--", ":")):
+            flops, dev = (pandas.DataFrame(cells[key][name].to_list(), cells.loc[name].index)
+                          for key in ("flops", "dev"))  # a row for each task and seed
+            x, y = flops.div(ends, axis=0).mean().to_list(), dev.cummax(axis=1).mean().to_list()
             axes.plot(x, y, line, color=color, lw=2.2, marker="o", markevery=[-1],
                       label=f"{name}: {y[-1]:.1f}")
         axes.set(title=title, xlabel="training FLOPs (1: all of pt's)", xlim=(0, 1.03))
@@ -338,31 +481,14 @@ def draw_curves(records: dict[str, dict]):
     return plot
 
 
-def draw_transfer(records: dict[str, dict]):
-    """A square for each pair: dark is a high validation score, and its number is in it."""
-    plot = Figure(figsize=(5.6, 5.2 * len(records)), layout="constrained")
-    places, names = range(len(FIXED)), [name.removesuffix(":1") for name in FIXED]
-    panels = plot.subplots(len(records), squeeze=False)[:, 0]
-    for axes, (title, record) in zip(panels, records.items()):
-        found = transferred(record).to_numpy()
-        axes.imshow(found, cmap="Greys", vmin=30, vmax=110)
-        for i, j in itertools.product(places, places):
-            axes.text(j, i, f"{found[i, j]:.0f}", ha="center", va="center", fontsize=9,
-                      color="white" if found[i, j] > 75 else "black")
-        axes.set_xticks(places, names, rotation=60)
-        axes.set_yticks(places, names)
-        axes.set(title=title, xlabel="... and used, untouched, on", ylabel="prompt trained on")
-    return plot
-
-
 def make_parser():
     parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
     what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     what.add_argument("--out", type=Path, help="folder of the study")
     what.add_argument("--show", type=Path, help="print the tables of a study.json, run nothing")
-    what.add_argument("--draw", type=Path, help="draw the figures of the tutorial to this folder")
+    what.add_argument("--tables", action="store_true", help="write README.md and pictures anew")
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="(all)")
-    add("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(%(default)s)")
+    add("--seed", type=int, nargs="+", default=[*range(8)], help="(%(default)s)")
     add("--model", type=Path, default=ROOT / "micro" / "model", help="a micro model (the shipped)")
     add("--steps", type=int, default=600, help="updates; of the part change half (%(default)s)")
     add("--eval-every", type=int, default=20, help="(%(default)s)")
@@ -374,16 +500,19 @@ def main(args) -> None:
     if args.show:
         print(tables(json.loads(args.show.read_text())))
         return
-    if args.draw:
-        records = {title: json.loads(Path(__file__).with_name(f"{name}.json").read_text())
-                   for name, title in TITLES.items()}
-        for name, plot in (("schedule", draw_schedule()), ("study", draw_curves(records)),
-                           ("transfer", draw_transfer(records))):
-            plot.savefig(args.draw / f"{name}.png", dpi=150)
+    if args.tables:
+        here = Path(__file__).parent
+        (here / "README.md").write_text(readme())
+        studies = {"shipped": load("study"), "brittle": load("study-whole")}
+        default = load("default")
+        default["cells"] = [cell for cell in default["cells"] if cell["seed"] >= 8]
+        default = {"the default command, seeds 8 to 31": default}
+        for name, plot in {"schedule": draw_schedule(), "default": draw_curves(default, MOST[:2]),
+                           "study": draw_curves(studies, MOST)}.items():
+            plot.savefig(here / f"{name}.png", dpi=120)
         return
     make.main(["--tasks", str(args.out / "tasks")])  # the same bytes each time
-    record = {"settings": {key: str(value) for key, value in vars(args).items()}, "cells": [],
-              "model": zlib.crc32((args.model / "model.safetensors").read_bytes())}
+    record = {"machine": bench.machine(torch.device("cpu")), "minutes": 0, "cells": []}
     jobs, fork = cells(args.part, args.seed), multiprocessing.get_context("fork")
     with futures.ProcessPoolExecutor(args.processes, fork) as pool:
         rows = pool.map(run_cell, itertools.repeat(args), jobs)
@@ -391,10 +520,11 @@ def main(args) -> None:
             record["cells"].append(row)
             print(f"{number}/{len(jobs)}", *cell, row["validation"], flush=True)
         if "transfer" in args.part:
-            pairs = zip(*itertools.product(REPORTED, args.seed))
+            pairs = zip(*itertools.product(REPORTED, args.seed[:5]))
             record["transfer"] = list(pool.map(transfer, itertools.repeat(args), *pairs))
             record["cosines"] = cosines(args)
-    fpt.write(args.out / "study.json", [record])
+    record["minutes"] = round(sum(cell["seconds"] for cell in record["cells"]) / 60)
+    bench.write_record(args.out / "study.json", record)
     print(f"{tables(record)}\n{len(record['cells'])} cells: {args.out / 'study.json'}")
 
 
