@@ -463,7 +463,7 @@ def draw_schedule(name: str = "cr", layers: int = 12):
 
 def draw_curves(records: dict[str, dict], names):
     """Best dev score so far against FLOPs, as a share of what `pt` spends: mean of tasks, seeds."""
-    plot = Figure(figsize=(1 + 3 * len(records), 3.4), layout="constrained")
+    plot = Figure(figsize=(1.2 + 2.4 * len(records), 3.4), layout="constrained")
     panels = plot.subplots(1, len(records), sharey=True, squeeze=False)[0]
     for axes, (title, record) in zip(panels, records.items()):
         cells = pandas.DataFrame(record["cells"]).query("change == ''")
