@@ -4,8 +4,8 @@ The tests assert values worked out by hand, or equality with something that fpt.
 stock transformers models, PEFT, PyTorch's FLOP counter, a brute-force loop. Sections follow fpt.py.
 """
 
-import ast, copy, importlib.util, inspect, json, math, os, random, re, shlex  # noqa: E401
-import shutil, signal, subprocess, sys, tempfile, time, types  # noqa: E401
+import ast, copy, importlib.metadata, importlib.util, inspect, json, math, os  # noqa: E401
+import random, re, shlex, shutil, signal, subprocess, sys, tempfile, time, types  # noqa: E401
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so these two come first
@@ -14,11 +14,9 @@ os.environ["HF_HOME"] = _EMPTY_CACHE.name  # nothing that this machine has cache
 os.environ["OMP_NUM_THREADS"] = "1"  # on matrices this small a second thread only slows the first
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a child of a fork could not use it; one test asks for it
 
-import peft  # noqa: E402
-import pytest  # noqa: E402
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import peft, pytest, tokenizers, torch, transformers  # noqa: E401, E402
+from packaging.requirements import Requirement  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import fpt  # noqa: E402
@@ -290,9 +288,8 @@ def test_what_partial_t5_refuses():
 
 def score_batches():
     """Two padded batches, of 3 and of 2 examples: a mean of batch means would be wrong."""
-    return [fpt.collate([(range(source, 2 * source), range(20, 20 + target))
-                         for source, target in sizes])
-            for sizes in (((6, 3), (4, 1), (9, 2)), ((3, 4), (5, 2)))]
+    lengths = ((6, 3), (4, 1), (9, 2)), ((3, 4), (5, 2))  # of source and target
+    return [fpt.collate([(range(n, 2 * n), range(20, 20 + m)) for n, m in row]) for row in lengths]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -801,8 +798,6 @@ def test_batches_are_pure_and_no_example_comes_twice_in_a_pass(count, size, pool
 
 
 def test_load_model_freezes_casts_and_refuses_what_is_not_whole_or_no_t5(here, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(here / "model", tmp_path / "model")
     for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
         model, _ = fpt.load_model(str(folder), "cpu", precision)
@@ -1186,7 +1181,7 @@ def fences(name):
 def test_snippets_are_verbatim(name):
     for info, text in fences(name):
         assert info in ("python", "python recipe", "sh", "text"), info
-        assert info != "python" or text in document("fpt.py"), text
+        assert info != "python" or f"\n{text}" in document("fpt.py"), text  # whole lines
 
 
 @pytest.mark.parametrize("name", ["fpt.py", *DOCUMENTS])
@@ -1213,7 +1208,7 @@ def test_names_flags_and_links_in_the_text_exist(name):
     links = re.findall(r"\]\((?!https?:)(.+?)\)", prose) + re.findall(r"^\* `(\S+)`: ", prose, re.M)
     assert links and all((ROOT / path).exists() for path in links), links
     words, tables = {"tutorial.md": (4500, 10), "README.md": (350, 1)}[name]
-    assert len(re.findall(r"\S*\w\S*", prose)) <= words and document("README.md").count("\n") <= 45
+    assert len(re.findall(r"\S*\w\S*", prose)) <= words
     assert len(re.findall(r"^\|[ -]*---", prose, re.M)) <= tables
 
 
@@ -1251,8 +1246,13 @@ def test_the_recipe_for_a_trainer_grows_the_model_and_leaves_what_peft_loads(tmp
 
 
 def test_what_is_quoted_is_in_the_evidence_and_that_follows_from_the_records():
-    evidence = " ".join(document("evidence/README.md").split())
-    assert script(ROOT / "evidence" / "study.py").readme() == document("evidence/README.md")
+    study, evidence = script(ROOT / "evidence/study.py"), document("evidence/README.md")
+    assert study.readme() == evidence
+    pt, cr = study.of_default(study.compared(study.load("default")["cells"]), range(8, 32)).iloc
+    stopped, evidence = cr["pt, same flops"], " ".join(evidence.split())
+    assert f"by chance | {pt.dev} | {stopped} | {cr.dev} |" in document("README.md")
+    assert (f"pt {pt.dev}, cr {cr.dev} with 0.64 of its FLOPs, and pt stopped at 0.70 of them "
+            f"{stopped}.") in " ".join(fpt.__doc__.split())
     for name in (*DOCUMENTS, "fpt.py"):  # all that has an interval or a spread
         found = re.findall(r"[-+]?\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]|\d+\.\d ± \d+\.\d",
                            " ".join(document(name).split()))
@@ -1263,6 +1263,7 @@ def test_what_is_quoted_is_in_the_evidence_and_that_follows_from_the_records():
 
 def test_the_readme_is_tested_as_it_says():
     command = document(".ci/run").splitlines()[-1]
+    assert document("README.md").count("\n") <= 45
     assert command == "python -m pytest -q" and __doc__.startswith(command)
     assert "\npip install -q -r requirements.txt\n" in document(".ci/run")
     for run in (command, "python fpt.py"):  # one line that does everything on a fresh machine
@@ -1270,19 +1271,18 @@ def test_the_readme_is_tested_as_it_says():
 
 
 def test_requirements_are_bounded_with_a_reason_each_and_met_here():
-    from importlib.metadata import version
-    from packaging.requirements import Requirement
-
     for line in re.findall(r"^[^#\n].*", document("requirements.txt"), re.M):
         requirement = Requirement(line.partition(" #")[0].strip())
         assert {bound.operator for bound in requirement.specifier} == {">=", "<"}, line
         assert len(line.partition(" # ")[2].split()) >= 2, f"no reason: {line}"
-        assert requirement.specifier.contains(version(requirement.name), prereleases=True), line
+        assert requirement.specifier.contains(
+            importlib.metadata.version(requirement.name), prereleases=True), line
 
 
 @pytest.mark.parametrize("path", ["fpt.py", "test_fpt.py", *SCRIPTS])
 def test_style(path):
-    assert not [line for line in document(path).splitlines() if len(line) > 100]
+    assert not [line for line in document(path).splitlines() if len(line) > 100 or re.search(
+        r"\b(TO" r"DO|FIX" r"ME|XX" r"X)\b", line)]
     assert not [node.name for node in ast.walk(ast.parse(document(path)))
                 if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 50]
 

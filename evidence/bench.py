@@ -135,8 +135,8 @@ def sizes_of(model, names, view) -> dict:
 
 def as_run(model):
     """As `fpt.prepare` has it run: in bf16 and on GPUs, T5's own cross-attention is faster."""
-    return fpt.absorbed(model) if model.device.type == "cpu" and model.dtype == torch.float32 \
-        else model
+    pays = (model.device.type, model.dtype) == ("cpu", torch.float32)
+    return fpt.absorbed(model) if pays else model
 
 
 def mean_of(name: str, of_size: dict) -> float:

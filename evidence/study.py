@@ -4,7 +4,7 @@ A cell is one run of `fpt.main`: a task, a schedule, a seed, and at most one cha
 Cells that FOLDER has are kept, so a stopped study goes on. What they say together goes to
 FOLDER/study.json, a line a run. --part and --seed run less of it.
 
-default   the default command, and the same with a lower rate in its last stage
+default   the default command, and the same with one thing done otherwise
 table     prompt tuning on fixed partial models (the paper's Table 1), and the presets (Table 2)
 change    `cr` in half the updates, with one thing done otherwise, and without its partial stages
 transfer  every prompt of the part table on every partial model, and their cosines
@@ -198,12 +198,13 @@ PAPER = pandas.DataFrame([row.split() for row in (
     "-5.0 -8.4 0.58 -", "-2.1 -3.3 0.72 -", "-0.8 -1.1 0.86 -", "-16.2 -25.5 0.20 -",
     "-15.2 -23.1 0.40 -", "-3.2 -9.2 0.66 -", "-0.5 -0.6 0.72 +0.11", "+0.1 +0.0 0.83 +0.49",
     "-0.9 -0.6 0.65 +0.38", "- - - -")], [*FIXED, *PRESETS],
-    ["paper: labels", "paper: five tasks", "paper: FLOPs", "paper's"]).replace("-", "")
+    ["paper: labels", "paper: minus PT", "paper: FLOPs", "paper: Improve"]).replace("-", "")
 
 
 def compared(cells: list[dict]) -> pandas.DataFrame:
-    """The rows of `fpt.compare`, task by task; their index is name, task and seed. And `jumps`:
-    how far dev scores of the last 40 % of the updates are from those before, on average.
+    """The rows of `fpt.compare`, task by task; their index is name, task and seed. And of the last
+    40 % of the updates: `begun`, the dev score before them, and `jumps`, how far dev scores are
+    from those before, on average.
     """
     runs = collections.defaultdict(list)
     for cell in cells:
@@ -215,9 +216,10 @@ def compared(cells: list[dict]) -> pandas.DataFrame:
         runs[cell["task"]].append(cell | {
             "schedule": cell["change"] or cell["schedule"], "log": log, "flops": log[-1]["flops"],
             "dev": {"": log[-1]["best"]}, "validation": {"": cell["validation"]},
-            "full_steps": cell["full_updates"],
+            "full_steps": cell["full_updates"], "begun": late[0],
             "jumps": sum(abs(b - a) for a, b in itertools.pairwise(late)) / (len(late) - 1)})
-    return pandas.concat([fpt.compare(rows).assign(jumps=[row["jumps"] for row in rows]).set_index(
+    return pandas.concat([fpt.compare(rows).assign(**{
+        key: [row[key] for row in rows] for key in ("begun", "jumps")}).set_index(
         pandas.MultiIndex.from_tuples([(row["schedule"], row["task"], row["seed"]) for row in rows],
                                       names=("name", "task", "seed"))) for rows in runs.values()])
 
@@ -252,7 +254,7 @@ def table(frame, names, base=lambda name: "pt"):
     """Validation by task and of their mean; that less the base's, in pairs; FLOPs over `pt`'s."""
     text, scores = per_task(frame, "validation").agg(spread).loc[[*names]], frame.validation
     text["minus base [95 %]"] = [pooled(scores[name] - scores[base(name)]) if name != base(name)
-                                else "" for name in names]
+                                 else "" for name in names]
     text["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
     return text
 
@@ -283,7 +285,7 @@ def of_changes(frame) -> pandas.DataFrame:
         "validation": part.validation.agg(spread), "worst": part.validation.min().map(str),
         "under 95": part.validation.agg(lambda score: f"{(score < 95).sum()} of {len(score)}"),
         "minus unchanged [95 %]": {name: pooled(scores[name] - scores[name.partition(",")[0]])
-                                  if name in DEFAULT else "" for name in names},
+                                   if name in DEFAULT else "" for name in names},
         "jumps": part.jumps.mean().map("{:.1f}".format),
         "FLOPs": (part.flops.mean() / 100).map("{:.3f}".format)}).loc[names]
 
@@ -310,7 +312,7 @@ def tables(record: dict) -> str:
         schedules = table(frame, ["pt", *PRESETS])
         gains = per_task(frame, "gain").mean().map("{:+.1f}".format).loc[PRESETS]
         gains["mean"] = [pooled(frame.gain[name]) for name in PRESETS]
-        gains["paper's"] = PAPER["paper's"]
+        gains["paper: Improve"] = PAPER["paper: Improve"]
         for title, key in (("`pt`, same FLOPs", "pt, same flops"), ("full alone", "full alone")):
             gains[title] = per_task(frame, key)["mean"].agg(spread)
         found += [markdown("Fixed partial models", table(frame, FIXED).join(PAPER.iloc[:, :3])),
@@ -339,7 +341,7 @@ def summary(records: dict[str, dict]) -> pandas.DataFrame:
     found["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
     fixed = [name for name in FIXED if re.search(r"0\.2|0\.5", name)]
     text = pandas.DataFrame(found).loc[[*fixed, *PRESETS]].join(
-        PAPER.iloc[:, [1, 3]].set_axis(["paper: minus PT", "paper: Improve"], axis=1))
+        PAPER[["paper: minus PT", "paper: Improve"]])
     text.loc[fixed, [f"{title}: gain" for title in records]] = ""  # scored on a part
     return text.rename(index="`{}`".format)
 
@@ -350,14 +352,11 @@ def late(records: dict[str, dict]) -> pandas.DataFrame:
     """
     found = {}
     for title, record in records.items():
-        cells = pandas.DataFrame(record["cells"]).query("change == '' and task != 'slot'")
-        cells = cells.set_index(["schedule", "task", "seed"])
-        start = pandas.Series([[dev for step, dev in zip(row.step, row.dev)
-                                if step <= 0.6 * row.step[-1]][-1]
-                               for row in cells.loc["cr"].itertuples()], cells.loc["cr"].index)
-        failed = cells.validation["cr"] < cells.validation["pt"] - 5
+        frame = compared([cell for cell in record["cells"]
+                          if not cell["change"] and cell["task"] != "slot"])
+        low, failed = frame.begun["cr"] < 65, frame.validation["cr"] < frame.validation["pt"] - 5
         found[title] = {f"{what}{end}": str(count) for what, rows in (
-            ("under 65", start < 65), ("others", start >= 65)) for end, count in (
+            ("under 65", low), ("others", ~low)) for end, count in (
             ("", rows.sum()), (": of these end low", (rows & failed).sum()))}
     return pandas.DataFrame(found).T
 
@@ -417,22 +416,22 @@ def costs(record: dict) -> str:
 
 def readme() -> str:
     """evidence/README.md, its end made anew from the records."""
-    found, rows = [], {}
+    found, rows, records = [], {}, {name: load(name) for name in RECORDS}
     for name, (what, command) in RECORDS.items():
-        record = load(name)
+        record = records[name]
         made_on = "; ".join(f"{key} {value}" for key, value in record["machine"].items())
         rows[f"`{name}.json`"] = [what, f"`python evidence/{command}`", str(record["minutes"]),
                                   made_on]
         found.append(f"## {name}.json\n\n" + (costs if "rows" in record else tables)(record))
     text = pandas.DataFrame(rows.values(), rows, ["what it shows", "made by", "minutes", "machine"])
     head = Path(__file__).with_name("README.md").read_text().partition(MARK)[0]
-    both = summary({"shipped": load("study"), "brittle": load("study-whole")})
-    begun = late({name: load(name) for name in ("default", "study", "study-whole")})
+    both = summary({"shipped": records["study"], "brittle": records["study-whole"]})
+    begun = late({name: records[name] for name in ("default", "study", "study-whole")})
     found[1:1] = [
         markdown("## Parts and schedules, both models", both),
         markdown("## Runs of `cr` by their dev score when the last stage begins", begun),
         *(markdown(f"## Speed on {where}, over PEFT grouped by length with the same attention",
-                   speeds([load(name) for name in names]))
+                   speeds([records[name] for name in names]))
           for where, names in (("CPUs", ("speed-cpu", "speed-xeon")), ("a GPU", ["speed-gpu"])))]
     return "\n".join([head + MARK, markdown("", text), *found])
 
