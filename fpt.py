@@ -1,1147 +1,1225 @@
-"""FPT: Fast Prompt Tuning by progressive training, in one file.
+"""FPT, Fast Prompt Tuning by progressive training, in one file.
 
-    python fpt.py                             # offline, two minutes: pt against cr on a micro T5
-    python fpt.py --model t5-base --task rte  # FPT: schedule cr, the paper's 30,000 updates
-    python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # and a comparison
-    python fpt.py --model PATH/TO/T5 --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000
-    python fpt.py --resume runs/FOLDER        # after a stop of any kind: on, to the same prompt
+    python fpt.py                             # offline, two minutes: pt and cr on a micro T5
+    python fpt.py --model t5-base --task rte  # FPT with the paper's settings, for a GPU
+    python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # compared
+    python fpt.py --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000  # your own
+    python fpt.py --resume runs/FOLDER        # goes on after a stop
 
-Prompt tuning (PT, Lester et al. 2021) learns P vectors in front of the input embeddings of a
-frozen T5. Few parameters, but every update runs the whole model forward and backward. FPT (Huang
-et al., Findings of EMNLP 2022, arXiv 2211.06840) makes the early updates cheap: the prompt is
-trained first on a *partial* T5, with layers dropped and FFN neurons removed (where answers are
-labels, in the encoder alone), that grows in stages to the full model. The same prompt is carried
-("recycled") through every growth.
+Prompt tuning (PT) learns a *soft prompt*: P vectors in front of the input embeddings of
+a frozen T5. Few numbers are trained, yet every update runs the whole model forward and
+backward. FPT (Huang et al., Findings of EMNLP 2022, arXiv 2211.06840) makes the early
+updates cheap: it trains the prompt first on a *partial* model, a T5 with layers dropped
+and FFN neurons removed. That model grows in stages to the full one, and the same prompt
+is carried through every growth.
 
-    the paper                              here
-    partial PLM: layer dropping (LD)       kept_layers, partial_t5
-    FFN reduction (FR), compound (CR)      neuron_scores, narrowed, partial_t5
-    progressive training                   SCHEDULES, stage_at, train
-    FLOPs (there: forward, linear layers)  step_flops
-    prompt tuning (PT)                     SoftPrompt, init_prompt, gradient
-    "Improve": PT at the same FLOPs        compare
+    in the paper                         here
+    partial PLM, layer dropping (LD)     kept_layers, partial_t5
+    FFN reduction (FR), or both (CR)     neuron_scores, narrow_ffn, partial_t5
+    progressive training                 SCHEDULES, stage_at, train
+    FLOPs                                step_flops
+    prompt tuning (PT), the baseline     the schedule "pt": one stage, the full model
+    "Improve"                            gain, in compare
 
-Measured with the first command and seeds 8 to 31, on a micro T5 made to survive layer dropping
-(evidence/README.md; dev accuracy in %, mean ± standard deviation): pt 95.4 ± 4.4, cr 95.9 ± 6.7
-with 0.64 of its FLOPs, and pt stopped at 0.70 of them 86.0 ± 7.5. No pretrained T5 has been run
-yet. Where FPT fails: tutorial.md.
+A schedule is worth its trouble if its *gain* is above zero: its dev score less the one
+that PT had when it had spent the same FLOPs. To end near PT for fewer FLOPs proves
+nothing, since PT stopped early may be as near. tutorial.md has what was measured, and
+when FPT fails. (t5-base saw RTE in its own pre-training: its score shows that a run
+works, not what a prompt can learn.)
 
-What this is not: a library of tuning methods (PEFT is; the prompts saved here load there), a way
-to tune weights, or for models other than T5s. Lines that differ on purpose from the authors' code
-(thunlp/FastPromptTuning) are marked "Official:"; tutorial.md collects them in one table.
-
-To use FPT elsewhere, copy sections 1 to 5: the method, and `train`, its loop. They know nothing of
-settings, tasks or files (but for a prompt's). The rest is the program around them, and last a
-cheaper cross-attention, which the program takes where it pays: in fp32 on a CPU.
+To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
+modules, and know nothing of tasks, settings or processes. Sections 6 to 9 are the
+program around them. Where a line differs on purpose from the authors' code
+(github.com/thunlp/FastPromptTuning), a note begins with "Official:".
 
 Glossary
-    B        examples in a batch
-    P        vectors in the soft prompt (20 in the paper)
-    T        tokens of the source, padded to the longest of the batch
-    S        tokens of the target, likewise
-    d, V     d_model, the width of the vectors between layers; tokens of the vocabulary
-    d_ff     neurons of a feed-forward network (FFN): neuron j is row j of wi and column j of wo
-    L, C     layers ("blocks") of the encoder or of the decoder; labels of a task
-    H, d_kv  heads of an attention, and the width of one
-    b, i, k  examples in a part of a batch; indices
-    depth    share of the L layers that a partial model keeps (Table 1: "Enc/Dec layers")
-    width    share of the d_ff neurons that each layer keeps  (Table 1: "FFN dim")
-    stage    a depth, a width, and the share of all updates spent there
-    update   one optimiser step on one batch, counted from 1
+    B, P, T, S  examples in a batch; prompt vectors; source and target tokens, padded
+    d, d_ff, V  size of an embedding (d_model); neurons of an FFN; size of the vocabulary
+    FFN         a layer's feed-forward network; neuron j is row j of wi, column j of wo
+    depth       share of the layers that a partial model keeps
+    width       share of the d_ff neurons that each of these layers keeps
+    stage       a depth, a width, and the share of all updates that are made there
+    update      one step of the optimiser on one batch; the first is update 1
 """
 
-import argparse, copy, functools, itertools, json, math, os, re  # noqa: E401
-import signal, statistics, sys, time, unicodedata, urllib.request, zlib  # noqa: E401
+import argparse
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+import zlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-# ====== Settings ==================================================================================
+import regex
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.optimization import Adafactor
 
-MICRO = Path(__file__).resolve().parent / "micro"  # a model and a task like any other, but small
-# What `python fpt.py` alone runs on them: offline, in two minutes. The command's own flags win.
-MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 40, "dev": 250,
-             "threads": 1}
-# What may differ when a command goes on (--resume): how it computes and where, not what.
-FREE = {"accumulate", "device", "threads", "out", "resume", "versions"}
+# ====== 1 Partial models ==============================================================
 
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """The command line as settings; what cannot be read is one line on stderr and exit code 2.
-
-    Defaults of batch, steps, rate, P and lengths are the paper's. --resume takes the settings of
-    its folder, and other flags than those in `FREE` must agree with them (`open_folder`).
-    """
-    parser = argparse.ArgumentParser("fpt.py", allow_abbrev=False, description=__doc__[:62],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda text: parser.exit(2, f"fpt.py: error: {text}; see --help\n")
-    add = parser.add_argument
-    add("--model", default=str(MICRO / "model"), help="hub id or folder of a T5, mT5 or ByT5")
-    add("--task", default=str(MICRO / "entailment"), help="name in the task table, or a folder")
-    add("--schedule", nargs="+", default=["cr"], help="pt, ld, fr, cr, fast or 0.5x0.5:0.4,1x1:0.6")
-    add("--seed", nargs="+", type=int, default=[0], help="of data order and start; several run too")
-    add("--steps", type=int, default=30_000, help="updates; the stages scale with it")
-    add("--batch", type=int, default=32, help="examples per update")
-    add("--prompt-length", type=int, default=20, help="P, vectors in the soft prompt")
-    add("--init", default="uniform", help="uniform, vocab, labels, or the folder of a saved prompt")
-    add("--lr", type=float, default=0.3, help="constant learning rate of Adafactor")
-    add("--eval-every", type=int, default=500, help="updates between evaluations, which save, too")
-    add("--dev", type=int, default=500, help="train examples, a fifth at most, to choose a prompt")
-    add("--limit", type=int, default=0, help="validation examples to report on; 0 means all")
-    add("--max-source", type=int, default=492, help="source tokens kept; with P the paper's 512")
-    add("--precision", default="fp32", help="fp32 or bf16")
-    add("--accumulate", type=int, default=1, help="parts that a batch is cut into, for memory")
-    add("--checkpointing", action="store_true", help="run every layer twice, for memory")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--threads", type=int, default=0, help="of the CPU; 0: torch's choice. It moves rounding")
-    add("--out", default="runs/TIME", help="new folder for what this command writes")
-    add("--resume", default="", help="folder of a command that was stopped: go on from there")
-    config = parser.parse_args(argv)
-    saved = Path(config.resume, "settings.json")
-    if config.resume and saved.exists():
-        parser.set_defaults(**json.loads(saved.read_text("utf-8")))
-    elif Path(config.task).resolve() == MICRO / "entailment":
-        parser.set_defaults(**MICRO_RUN)
-    config = parser.parse_args(argv)
-    if config.precision not in ("fp32", "bf16"):
-        parser.error("--precision is fp32 or bf16; in fp16 T5's activations overflow")
-    return config
+T5_KINDS = ("t5", "mt5")  # all versions of T5, Flan, mT5, ByT5
 
 
-if __name__ == "__main__":
-    parse_args()  # --help and a mistyped flag answer at once: torch imports slowly
-
-import safetensors, torch  # noqa: E401, E402
-from accelerate import PartialState, utils  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-# ====== 1 Partial models ==========================================================================
+def round_half_up(number: float) -> int:
+    """The nearest whole number: 15 for 14.5, and for 0.29 * 50, which is a hair less."""
+    return math.floor(number + 0.5 + 1e-6)
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """Indices of the layers that layer dropping keeps, evenly: kept_layers(12, 3) is [0, 5, 11].
+    """Indices of the layers that layer dropping keeps: kept_layers(12, 3) is [0, 5, 11].
 
-    Layer 0 always stays: it alone owns T5's relative position bias, and without it the model runs
-    on, silently wrong. From two layers on the last one stays too, and gaps differ by at most one,
-    the larger ones at the top. Sets of growing stages are not nested: of 24 layers, 13 is among the
-    6 but not among the 12. Raises ValueError unless 1 <= keep <= total.
-    Official: `evenly_select_layers`, the same rule; it divides by zero for keep=1.
+    They are spread evenly. Layer 0 always stays: it alone owns T5's relative position
+    bias and hands it on to the others. A T5 without it raises no error and knows no word
+    order. From two layers on the last one stays, too.
+
+    Raises ValueError unless 1 <= keep <= total.
+    Official: the same rule, but a division by zero for keep=1.
     """
     if not 1 <= keep <= total:
         raise ValueError(f"cannot keep {keep} of {total} layers")
-    # Between `keep` layers are keep-1 gaps; the last `longer` of them are wider by one: 11 = 5 + 6.
-    gap, longer = divmod(total - 1, max(1, keep - 1))
-    return [i * gap + max(0, i - (keep - 1 - longer)) for i in range(keep)]
+    if keep == 1:
+        return [0]
+    gap, wider = divmod(total - 1, keep - 1)  # the last `wider` gaps are wider by one
+    layers = [0]
+    for i in range(keep - 1):
+        layers.append(layers[-1] + gap + (i >= keep - 1 - wider))
+    return layers
 
 
 @torch.no_grad()
-def neuron_scores(model, prompt: Tensor, batches) -> dict[str, list[Tensor]]:
+def neuron_scores(model, prompt, batches):
     """Mean absolute activation of every FFN neuron, by which FFN reduction ranks them.
 
-    The activation is the input of `wo`: relu(wi x) in T5 v1.0, gelu(wi_0 x) * wi_1 x in gated T5s.
-    It is averaged over an example's unmasked positions, the prompt's too, and then over examples,
-    so that a long example counts as much as a short one. What a neuron writes, its column of `wo`,
-    is ignored, as in the paper.
+    The activation is what enters `wo`: relu(wi x), or gelu(wi_0 x) * wi_1 x in gated T5s.
+    It is averaged over the unmasked positions of an example, the prompt's among them, and
+    then over examples, so that a long example counts no more than a short one.
 
     Args:
-        model: the full T5ForConditionalGeneration, without dropout (it would blur the scores).
-        prompt: [P, d]; the paper uses the initial one.
-        batches: dicts of input_ids [B, T], attention_mask [B, T], labels [B, S] (-100 is masked).
+        model: the full T5ForConditionalGeneration, in eval mode.
+        prompt: [P, d]. The paper uses the initial one.
+        batches: dicts of input_ids [B, T], attention_mask [B, T] and labels [B, S], on
+            the model's device; labels are -100 where they are padded.
     Returns:
-        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one fp32 tensor a layer, for this model.
-    Official: scores 1,000 examples of the *validation* split; give it train examples.
+        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one for each layer, on the CPU.
+    Official: uses examples of the *validation* split. Take train examples.
     """
-    sides = {"encoder": model.encoder.block, "decoder": model.decoder.block}
-    side_of = {block.layer[-1].DenseReluDense.wo: side for side in sides for block in sides[side]}
-    soft_prompt, mask, count = SoftPrompt(prompt).to(model.device), {}, 0
-    totals = dict.fromkeys(side_of, 0.0)
+    totals = {"encoder": [], "decoder": []}
+    masks = {}  # of the batch at hand
+    hooks = []
+    examples = 0
 
-    def add(wo, inputs):  # [B, positions, d_ff]; summed at once: those of all layers are large
-        weight = mask[side_of[wo]].unsqueeze(-1).float()  # [B, positions, 1]
-        mean = (inputs[0].abs().float() * weight).sum(1) / weight.sum(1).clamp(min=1)  # [B, d_ff]
-        totals[wo] = totals[wo] + mean.sum(0)
+    def add(total, side, wo, inputs):
+        activation = inputs[0].abs().float()  # [B, positions, d_ff]
+        mask = masks[side].unsqueeze(-1)  # [B, positions, 1]
+        mean = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, d_ff]
+        total += mean.sum(0)
 
-    hooks = [wo.register_forward_pre_hook(add) for wo in side_of]
+    for side in totals:
+        for block in getattr(model, side).block:
+            wo = block.layer[-1].DenseReluDense.wo
+            total = torch.zeros(wo.in_features, device=model.device)
+            totals[side].append(total)
+            hook = functools.partial(add, total, side)
+            hooks.append(wo.register_forward_pre_hook(hook))
+    soft_prompt = SoftPrompt(prompt).to(model.device)
     for batch in batches:
-        batch = {name: rows.to(model.device) for name, rows in batch.items()}
-        embeds = model.shared(batch["input_ids"])  # [B, T, d]
-        embeds, mask["encoder"] = soft_prompt(embeds, batch["attention_mask"])  # [B, P+T, d]
-        mask["decoder"] = batch["labels"] != -100  # [B, S]
-        token_losses(model, mask["encoder"], batch["labels"], inputs_embeds=embeds)  # calls `add`
-        count += len(embeds)
+        labels = batch["labels"]
+        embeds, masks["encoder"] = soft_prompt(model, batch)
+        masks["decoder"] = labels != -100
+        token_losses(model, masks["encoder"], labels, inputs_embeds=embeds)  # calls add
+        examples += len(labels)
     for hook in hooks:
         hook.remove()
-    return {side: [totals[wo] / count for wo in side_of if side_of[wo] == side] for side in sides}
+    return {side: [total.cpu() / examples for total in totals[side]] for side in totals}
 
 
-def replaced(module, path: str, child):
-    """A view of a module in which `child` stands at a dotted path: replaced(t5, "lm_head", mine).
+def narrow_ffn(ffn, scores, width):
+    """Keep a share `width` of the neurons of an FFN, those with the top scores [d_ff].
 
-    Only the modules on the path are copied, without their tensors: all weights are shared, and the
-    module itself is left as it is. (`copy.copy` alone would share the table of children as well.)
+    They stay in order, so a wider choice contains a narrower one. ValueError if the
+    scores have another length, or if the FFN is not made of plain nn.Linear layers.
     """
-    name, _, rest = path.partition(".")
-    view = copy.copy(module)
-    view._modules = dict(module._modules)
-    view._modules[name] = replaced(module._modules[name], rest, child) if rest else child
-    return view
+    if len(scores) != ffn.wo.in_features:
+        raise ValueError("these scores belong to a model with another d_ff")
+    count = max(1, round_half_up(width * len(scores)))
+    ranking = scores.argsort(descending=True, stable=True)
+    keep = ranking[:count].sort().values.to(ffn.wo.weight.device)
+    for name, linear in ffn.named_children():
+        if not name.startswith("w"):  # dropout and activation
+            continue
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"cannot narrow a {type(linear).__name__}, only nn.Linear")
+        if name == "wo":
+            weight = linear.weight[:, keep]  # [d, k]
+            linear.in_features = count
+        else:  # wi, or wi_0 and wi_1 in gated T5s
+            weight = linear.weight[keep]  # [k, d]
+            linear.out_features = count
+        linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def share_of(total: int, share: float) -> int:
-    """How many of `total` layers or neurons a share is: rounded half up, one at least."""
-    return max(1, math.floor(share * total + 0.5 + 1e-9))  # in floats 0.29 * 50 is below 14.5
+def partial_t5(model, depth, width, scores=None, decoder=True):
+    """A T5 with a share `depth` of the layers and `width` of the FFN neurons of `model`.
 
-
-def narrowed(block, scores: Tensor, width: float):
-    """A view of a T5 layer with a share `width` of its FFN neurons: those with the top scores.
-
-    scores: [d_ff]. The neurons stay in order, and a wider set contains a narrower one (of equal
-    scores, the first go in).
-    """
-    ffn = f"layer.{len(block.layer) - 1}.DenseReluDense"  # behind one or two attentions
-    if len(scores) != block.get_submodule(ffn).wo.weight.shape[1]:
-        raise ValueError("the scores are of a model with another d_ff")
-    ranking = scores.argsort(descending=True, stable=True).to(next(block.parameters()).device)
-    keep = ranking[:share_of(len(scores), width)].sort().values  # [k]
-    for name, linear in block.get_submodule(ffn).named_children():
-        if isinstance(linear, nn.Linear):  # rows of wi or wi_0, wi_1: [k, d]; columns of wo: [d, k]
-            weight = linear.weight.data.index_select(1 if name == "wo" else 0, keep)
-            # T5 has no biases. "meta": nothing is allocated for weights that are replaced at once.
-            small = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            small.weight = nn.Parameter(weight, requires_grad=False)
-            block = replaced(block, f"{ffn}.{name}", small)
-    return block
-
-
-def check_t5(config) -> None:
-    """Raise ValueError unless a model with this config is laid out as the code here relies on.
-
-    umt5 looks alike and is refused: every layer of it has a position bias of its own, and
-    transformers 5 scales its logits against its checkpoints.
-    """
-    if config.model_type not in ("t5", "mt5"):
-        raise ValueError(f"a model of type {config.model_type}: FPT here is for T5, mT5 and ByT5")
-
-
-def partial_t5(model, depth: float, width: float, scores=None, decoder: bool = True):
-    """A T5 with a share `depth` of the layers and a share `width` of the FFN neurons of `model`.
-
-    Of the same class (forward, loss, cache, `generate`), it shares every kept tensor with `model`;
-    only narrowed FFN matrices are new memory. Nothing makes up for what is missing: a dropped layer
-    passes the residual stream on. They may run in turn; move, cast or save only `model`.
+    Every tensor it keeps is shared with `model`, which stays as it is; only narrowed FFN
+    matrices take new memory. Nothing makes up for what is missing: the residual stream
+    passes a dropped layer by. Loss, cache and `generate` work. Move, cast or save `model`
+    alone.
 
     Args:
-        depth, width: in (0, 1]; numbers of layers and neurons round half up, to at least one.
-        scores: of `neuron_scores`, needed if width < 1; each layer keeps its top neurons.
+        model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
+        depth, width: in (0, 1]; numbers of layers and neurons round half up, at least 1.
+        scores: of `neuron_scores` for this model; needed where width < 1.
         decoder: False leaves it whole, as the paper does where targets are short labels.
-    Raises ValueError for a share outside (0, 1], missing scores, those of another d_ff, or a
-    `model` that is not a T5.
+    Raises:
+        ValueError: a share outside (0, 1], scores missing or of another model, an FFN
+            that `narrow_ffn` refuses, or a model of another kind. (In umt5, for one, each
+            layer has a position bias.)
     """
-    check_t5(model.config)
-    if not (0 < depth <= 1 and 0 < width <= 1) or (width < 1 and scores is None):
-        raise ValueError(f"depth {depth}, width {width}: must be in (0, 1]; width < 1 needs scores")
-    partial = model
-    for side in ("encoder", "decoder") if decoder else ("encoder",):
-        blocks = getattr(model, side).block
-        kept = kept_layers(len(blocks), share_of(len(blocks), depth))
-        layers = [blocks[i] if width == 1 else narrowed(blocks[i], scores[side][i], width)
-                  for i in kept]
-        partial = replaced(partial, f"{side}.block", nn.ModuleList(layers))
+    if model.config.model_type not in T5_KINDS:
+        raise ValueError(f"a model of type {model.config.model_type} is no T5 or mT5")
+    if not (0 < depth <= 1 and 0 < width <= 1):
+        raise ValueError(f"depth {depth} and width {width} have to be in (0, 1]")
+    if width < 1 and scores is None:
+        raise ValueError("width < 1 needs scores")
+    # deepcopy takes what its memo holds for an earlier copy: so all tensors are shared.
+    shared = {id(tensor): tensor for tensor in model.parameters()}
+    partial = copy.deepcopy(model, memo=shared)
+    for side in ["encoder", "decoder"] if decoder else ["encoder"]:
+        stack = getattr(partial, side)
+        total = len(stack.block)
+        kept = kept_layers(total, max(1, round_half_up(depth * total)))
+        stack.block = nn.ModuleList(stack.block[i] for i in kept)
+        if width < 1:
+            for i, block in zip(kept, stack.block, strict=True):
+                narrow_ffn(block.layer[-1].DenseReluDense, scores[side][i], width)
     return partial
 
 
-# ====== 2 Schedule ================================================================================
+# ====== 2 Schedule ====================================================================
 
 
-class Stage(NamedTuple):
-    """A partial model, and the share of all updates that run on it."""
+@dataclass(frozen=True)
+class Stage:
+    """A partial model, and the share of all updates that are made on it."""
 
     depth: float
     width: float
     share: float
 
 
-# 6,000 x 3 and 12,000 of 30,000 updates. By the paper's count they give Table 2's FLOPs of T5-LARGE
-# (72, 83, 65 %) and of XL with FR (84 %); XL's LD and CR (86, 74 %) need shares nobody published.
-_GROWTH = ((0.25, 0.2), (0.5, 0.2), (0.75, 0.2), (1.0, 0.4))
-SCHEDULES = {
-    "pt": (Stage(1.0, 1.0, 1.0),),  # plain prompt tuning
-    "ld": tuple(Stage(size, 1.0, share) for size, share in _GROWTH),  # layer dropping
-    "fr": tuple(Stage(1.0, size, share) for size, share in _GROWTH),  # FFN reduction
-    "cr": tuple(Stage(size, size, share) for size, share in _GROWTH),  # compound reduction: both
-    # Not the paper's: found on the micro model, for it (tutorial.md, "A faster schedule").
-    "fast": (Stage(0.25, 0.25, 0.4), Stage(0.5, 0.5, 0.4), Stage(1.0, 1.0, 0.2))}
+# Depth x width : share of the updates. Of 30,000, 6,000 are made in each of the first
+# three stages and 12,000 on the full model.
+PRESETS = {
+    "pt": "1x1:1",  # prompt tuning, the baseline
+    "ld": "0.25x1:0.2, 0.5x1:0.2, 0.75x1:0.2, 1x1:0.4",  # layer dropping
+    "fr": "1x0.25:0.2, 1x0.5:0.2, 1x0.75:0.2, 1x1:0.4",  # FFN reduction
+    "cr": "0.25x0.25:0.2, 0.5x0.5:0.2, 0.75x0.75:0.2, 1x1:0.4",  # both
+}
 
 
-def parse_schedule(text: str) -> tuple[Stage, ...]:
-    """A preset's name, or stages: "0.5x0.25:0.3,1x1:0.7" is depth x width : share of the updates.
+def parse_schedule(text: str) -> list[Stage]:
+    """The stages of a preset, or of a text in its notation, "0.5x0.25:0.3,1x1:0.7".
 
-    A single partial stage ("0.25x1:1") is a row of the paper's Table 1. Raises ValueError if a part
-    cannot be read, a number is outside (0, 1], or the shares do not add up to 1.
+    A single partial stage, "0.25x1:1", never grows: a row of the paper's Table 1. Raises
+    ValueError if a number cannot be read or is outside (0, 1], or if the shares do not
+    add up to 1.
     """
-    if text in SCHEDULES:
-        return SCHEDULES[text]
-    try:
-        stages = tuple(Stage(*map(float, re.split("[x:]", part))) for part in text.split(","))
-    except (TypeError, ValueError):
-        stages = ()
-    inside = all(0 < number <= 1 for stage in stages for number in stage)
-    if not inside or abs(sum(stage.share for stage in stages) - 1) > 1e-6:
-        raise ValueError(f"schedule {text!r} is none of {', '.join(SCHEDULES)}, nor stages like "
-                         "0.5x0.25:0.3,1x1:0.7: depth x width : share, all shares adding up to 1")
+    error = ValueError(
+        f"schedule {text!r} is none of {', '.join(PRESETS)}, nor stages like "
+        "0.5x0.25:0.3,1x1:0.7: depth x width : share, with shares adding up to 1"
+    )
+    stages = []
+    for part in PRESETS.get(text, text).split(","):
+        size, _, share = part.partition(":")
+        depth, _, width = size.partition("x")
+        try:
+            numbers = [float(depth), float(width), float(share)]
+        except ValueError:
+            raise error from None
+        if not all(0 < number <= 1 for number in numbers):
+            raise error
+        stages.append(Stage(*numbers))
+    if abs(sum(stage.share for stage in stages) - 1) > 1e-6:
+        raise error
     return stages
 
 
+SCHEDULES = {name: parse_schedule(name) for name in PRESETS}
+
+
 def stage_at(schedule, step: int, steps: int) -> int:
-    """Index of the stage that update `step` (1 to steps) runs in.
+    """Index of the stage in which update `step` of 1 to `steps` is made.
 
-    Growth follows the boundary update, as in the official code: of 30,000, update 6,000 is the last
-    of stage 0. Boundaries round half up, so a run of few updates may skip a stage.
-    Official: resumed behind its last growth, a run falls back to the smallest model.
+    The model grows behind the last update of a stage: of 30,000, update 6,000 still
+    belongs to the first stage of `cr`.
+    Official: the same, but when resumed in its last stage it runs the smallest model.
     """
-    # 1e-6: shares add up to 0.6000000000000001, or a little less.
-    shares = itertools.accumulate(stage.share for stage in schedule[:-1])
-    return sum(step > math.floor(share * steps + 0.5 + 1e-6) for share in shares)
+    end = 0.0
+    for index, stage in enumerate(schedule):
+        end += stage.share
+        if step <= round_half_up(end * steps):
+            return index
+    return len(schedule) - 1
 
 
-# ====== 3 Cost ====================================================================================
+# ====== 3 Cost ========================================================================
 
 
-def step_flops(model, batch: int, source: int, target: int, backward: bool = True) -> int:
-    """Exact matmul FLOPs (2 per multiply-add) of one prompt-tuning update of this (partial) model.
+def step_flops(model, batch, source, target, backward=True) -> int:
+    """FLOPs of the matrix products of one update; a multiplication and an addition are 2.
 
-    `source` is P+T and `target` is S, both padded. The backward pass goes to the prompt *through
-    frozen weights*: a linear layer costs its forward once more (dX, no dW), the two products of
-    attention cost theirs twice. An update is 2.0 to 2.1 forwards, by length; the usual factor 3 of
-    training overstates prompt tuning by 43 to 50 %. With backward=False: the forward pass alone.
-    Equal to torch.utils.flop_counter.FlopCounterMode under eager attention, also for `absorbed`
-    models and with transformers' checkpointing (which works in train mode).
-    Official: the linear layers of a forward pass at 512 tokens, no attention products.
+    An update costs two forward passes, not the three of ordinary training. Behind a
+    linear layer the backward pass makes one product for the gradient of its input. The
+    second one, for the gradient of its weights, is never made: they are frozen. Only
+    the two products of an attention cost twice, since both inputs depend on the prompt.
+
+    Args:
+        model: a T5, whole or partial.
+        batch, source, target: B, P+T and S, as they are padded.
+        backward: False counts the forward pass alone.
+    Equal to torch.utils.flop_counter.FlopCounterMode under eager attention.
+    Official: counts the linear layers of a forward pass at 512 positions.
     """
-    def linear(positions, *modules):
-        layers = (layer for module in modules for layer in module.modules())
-        weights = sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
-        return 2 * batch * positions * weights
 
-    costs = [(linear(target, model.lm_head), 1)]  # forward, and how many times that in backward
+    def weights(module):
+        layers = [x for x in module.modules() if isinstance(x, nn.Linear)]
+        return sum(layer.weight.numel() for layer in layers)
+
+    per_source = 2 * batch * source  # FLOPs of a weight, at all source positions
+    per_target = 2 * batch * target
+    forth = per_target * weights(model.lm_head)  # the forward pass
+    back = forth  # the backward pass
     for block in model.encoder.block:
-        scores = 2 * batch * source * source * block.layer[0].SelfAttention.inner_dim  # Q K^T; A V
-        costs += [(linear(source, block), 1), (2 * scores, 2)]
+        linear = per_source * weights(block)
+        product = per_source * source * block.layer[0].SelfAttention.inner_dim
+        forth += linear + 2 * product  # queries by keys, attention weights by values
+        back += linear + 4 * product
     for index, block in enumerate(model.decoder.block):
-        met = int(index > 0)  # before its first cross-attention the decoder has not met the prompt
-        own, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
-        scores = 2 * batch * target * target * own.inner_dim
-        costs += [(linear(target, own), met), (2 * scores, 2 * met)]
-        if target <= getattr(cross, "longest", 0):  # an `AbsorbedAttention` (the last section)
-            cross = cross.attention
-            scores = 2 * batch * target * source * cross.n_heads * cross.d_model
-            costs += [(linear(target, cross.q, cross.k), met), (linear(target, cross.v), 1)]
-        else:  # keys and values of the whole source in every layer: what a whole decoder costs
-            cross = getattr(cross, "attention", cross)
-            scores = 2 * batch * target * source * cross.inner_dim
-            costs += [(linear(target, cross.q), met), (linear(source, cross.k, cross.v), 1)]
-        # Q K^T: always dK, and dQ if the queries depend on the prompt. A V: dA and dV.
-        costs += [(scores, 1 + met), (scores, 2), (linear(target, cross.o, block.layer[2]), 1)]
-    forward = sum(cost for cost, _ in costs)
-    total = forward + sum(cost * times for cost, times in costs) * backward
-    if backward and model.training and model.encoder.block[0].gradient_checkpointing:
-        total += forward - costs[0][0]  # layers run again, up to `wo`: nobody needs its output
-        for stack, positions in (model.encoder, source), (model.decoder, target):
-            total -= linear(positions, *(row.layer[-1].DenseReluDense.wo for row in stack.block))
-    return total
+        attention = block.layer[0].SelfAttention
+        cross = block.layer[1].EncDecAttention
+        linear = per_target * weights(attention)
+        product = per_target * target * attention.inner_dim
+        query = per_target * weights(cross.q)
+        met = 2 * per_source * weights(cross.k)  # keys, values of all source positions
+        met += per_target * (weights(cross.o) + weights(block.layer[2]))
+        cross_product = per_target * source * cross.inner_dim
+        forth += linear + 2 * product + query + met + 2 * cross_product
+        back += met + 3 * cross_product
+        if index > 0:  # before its first cross-attention nothing depends on the prompt
+            back += linear + 4 * product + query + cross_product
+    return forth + back if backward else forth
 
 
-# ====== 4 Soft prompt =============================================================================
+# ====== 4 Soft prompt =================================================================
 
 
 class SoftPrompt(nn.Module):
-    """P trainable vectors in front of the input embeddings: all that FPT trains.
+    """P vectors in front of the input embeddings: all that is trained.
 
-    The parameter is fp32 whatever the model is; a bf16 prompt would round its updates away.
+    They are fp32 whatever the model is, since bf16 would round small updates away.
     """
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone())  # [P, d]
 
-    def forward(self, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Input embeddings [B, T, d] and mask [B, T] -> [B, P+T, d] and [B, P+T]."""
-        # Cast first: torch.cat would promote the whole residual stream of a bf16 model to fp32.
+    def forward(self, model, batch) -> tuple[Tensor, Tensor]:
+        """The inputs of a batch behind the prompt: embeddings [B, P+T, d], mask [B, P+T].
+
+        `batch` holds input_ids and attention_mask, both [B, T].
+        """
+        embeds = model.shared(batch["input_ids"])  # [B, T, d]
+        mask = batch["attention_mask"]  # [B, T]
+        # Without the cast, torch.cat would turn all of a bf16 model's states into fp32.
         prompt = self.weight.to(embeds.dtype).expand(len(embeds), -1, -1)  # [B, P, d]
-        ones = mask.new_ones(len(mask), len(self.weight))  # [B, P]
+        ones = mask.new_ones(prompt.shape[:2])  # [B, P]
         return torch.cat([prompt, embeds], dim=1), torch.cat([ones, mask], dim=1)
 
 
-def token_losses(model, mask: Tensor, labels: Tensor, **source) -> Tensor:
-    """Negative log-likelihood [B, S], fp32, of the target tokens; 0 where labels [B, S] are -100.
+def token_losses(model, mask, labels, **source) -> Tensor:
+    """Negative log-likelihood of each target token, [B, S] in fp32; 0 where it is padded.
 
-    `source` is inputs_embeds [B, P+T, d], or encoder_outputs; `mask` [B, P+T] is theirs. The loss
-    that transformers computes in a bf16 model is itself rounded to three digits.
+    labels are [B, S], -100 where padded. source is inputs_embeds=[B, P+T, d], or
+    encoder_outputs=..., and mask [B, P+T] belongs to it.
     """
-    target = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S], shifted to the right
-    logits = model(attention_mask=mask, decoder_input_ids=target, use_cache=False, **source).logits
-    flat = logits.flatten(0, 1).float()  # [B*S, V]
-    return nn.functional.cross_entropy(flat, labels.flatten(), reduction="none").view_as(labels)
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S]
+    output = model(
+        attention_mask=mask, decoder_input_ids=shifted, use_cache=False, **source
+    )
+    # The loss that transformers returns for a bf16 model is rounded to three digits.
+    logits = output.logits.flatten(0, 1).float()  # [B*S, V]
+    losses = nn.functional.cross_entropy(logits, labels.flatten(), reduction="none")
+    return losses.view_as(labels)
 
 
-def init_prompt(how: str, length: int, embeddings: Tensor, generator, first_ids=(), common=5000):
-    """An initial prompt [P, d] from the embedding matrix [V, d].
+def init_prompt(how, length, embeddings, generator) -> Tensor:
+    """An initial prompt [P, d], on the CPU, for a model with these embeddings [V, d].
 
-    uniform: U(-1/sqrt(d), 1/sqrt(d)), the paper's. vocab: rows of `length` different tokens, drawn
-    from the `common` most frequent (T5's vocabulary is sorted so; 0-2 are pad, eos, unk), or all if
-    there are fewer. labels: the rows of `first_ids`, then as vocab (Lester et al. 2021). Else `how`
-    is the folder of a saved prompt; ValueError if that is of another length or width.
-    `generator` (CPU) is the prompt's own, so every schedule of a seed starts from the same prompt.
-    Official: the partial model draws random numbers before the prompt does, so starts differ.
+    Args:
+        how: "uniform" draws from U(-1/sqrt(d), 1/sqrt(d)), as the paper does. "vocab"
+            takes the embeddings of `length` of the 5,000 most frequent tokens, which come
+            first in T5's vocabulary. Else it is the folder of a saved prompt.
+        generator: on the CPU, for this draw alone, so that all schedules start alike.
+    Raises ValueError if there are fewer tokens, or if the saved prompt has another shape.
+    Official: other draws from the same generator come first, so starts differ.
     """
+    width = embeddings.shape[1]
     if how == "uniform":
-        bound = embeddings.shape[1] ** -0.5
-        return torch.empty(length, embeddings.shape[1]).uniform_(-bound, bound, generator=generator)
-    if how in ("vocab", "labels"):
-        drawn = torch.randperm(min(common, len(embeddings)) - 3, generator=generator) + 3
-        ids = dict.fromkeys([*(first_ids if how == "labels" else ()), *drawn.tolist()])
-        return embeddings[list(ids)[:length]].detach().float().cpu()
+        prompt = torch.empty(length, width)
+        return prompt.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+    if how == "vocab":
+        frequent = min(5000, len(embeddings)) - 3  # without <pad>, </s> and <unk>
+        if length > frequent:
+            raise ValueError(f"{length} vectors, but only {frequent} tokens to take")
+        ids = torch.randperm(frequent, generator=generator)[:length] + 3
+        return embeddings[ids.to(embeddings.device)].float().cpu()
     prompt = load_prompt(how)
-    if prompt.shape != (length, embeddings.shape[1]):
-        raise ValueError(f"the prompt in {how} has another length (--prompt-length) or width")
+    if prompt.shape != (length, width):
+        raise ValueError(
+            f"the prompt in {how} is not {length} vectors of {width} numbers"
+        )
     return prompt
 
 
-def save_prompt(folder, prompt: Tensor, model_name: str) -> None:
-    """Write a prompt [P, d] as PEFT's prompt tuning; `PeftModel.from_pretrained` loads it."""
-    from safetensors.torch import save_file
-
-    # Without task_type PEFT loads the folder and ignores the prompt. Its default number of
-    # submodules for a T5, 2, wants another [P, d], for the decoder, which no forward pass uses.
-    adapter = {"peft_type": "PROMPT_TUNING", "task_type": "SEQ_2_SEQ_LM", "inference_mode": True,
-               "num_transformer_submodules": 1, "base_model_name_or_path": model_name,
-               "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1]}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+def save_prompt(folder, prompt, model_name):
+    """Write a prompt [P, d] as PEFT does; `peft.PeftModel.from_pretrained` loads it."""
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM",  # without it PEFT loads the prompt, but ignores it
+        "num_transformer_submodules": 1,  # its default, 2, asks for P further, unused rows
+        "num_virtual_tokens": len(prompt),
+        "base_model_name_or_path": model_name,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     tensor = prompt.detach().float().cpu().contiguous()
-    save_file({"prompt_embeddings": tensor}, Path(folder, "adapter_model.safetensors"))
-    Path(folder, "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
+    save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_prompt(folder) -> Tensor:
-    """The prompt [P, d] of a PEFT prompt-tuning folder, ours or PEFT's own: fp32, on the CPU.
+    """The prompt [P, d] in a folder of ours or of PEFT's prompt tuning: fp32, on the CPU.
 
-    Raises OSError or ValueError if the folder holds none, or one with NaN or infinite values.
+    Raises OSError or ValueError if there is none, or one that is not finite.
     """
-    from safetensors.torch import load_file
-
-    adapter = json.loads(Path(folder, "adapter_config.json").read_text("utf-8"))
-    if [*Path(folder).glob("adapter_model.*")] == [Path(folder, "adapter_model.bin")]:
-        raise ValueError(f"{folder} has PEFT's old adapter_model.bin, a pickle: save it anew there")
-    prompt = load_file(Path(folder, "adapter_model.safetensors")).get("prompt_embeddings")
+    config = json.loads(Path(folder, "adapter_config.json").read_text("utf-8"))
+    tensors = load_file(Path(folder, "adapter_model.safetensors"))
+    prompt = tensors.get("prompt_embeddings")
     if prompt is None or not prompt.isfinite().all():
-        raise ValueError(f"{folder} holds no soft prompt, or one with NaN or infinite values")
-    return prompt[:adapter["num_virtual_tokens"]].float()  # no T5 ever sees PEFT's further rows
+        raise ValueError(f"{folder} holds no soft prompt, or one that is not finite")
+    return prompt[: config["num_virtual_tokens"]].float()  # further rows are unused
 
 
-# ====== 5 Train ===================================================================================
+# ====== 5 Train =======================================================================
 
 
-def adafactor(prompt: SoftPrompt, lr: float):
-    """The paper's optimiser: a step has RMS `lr` at most, whatever the scale of the gradients.
+def adafactor(prompt, lr):
+    """The paper's optimiser: it divides each gradient by the size of those before it.
 
-    torch.optim.Adafactor cannot express it: it scales by the parameter's RMS and decays the rate.
+    So a step has a root mean square of about `lr`, whatever the size of the loss.
+    torch.optim.Adafactor will not do: it scales by the prompt's size and decays the rate.
     """
-    from transformers.optimization import Adafactor
-
-    return Adafactor([prompt.weight], lr=lr, scale_parameter=False, relative_step=False,
-                     warmup_init=False, weight_decay=1e-5)
+    fixed = {"scale_parameter": False, "relative_step": False, "weight_decay": 1e-5}
+    return Adafactor([prompt.weight], lr=lr, **fixed)
 
 
-def gradient(model, prompt: SoftPrompt, batch: dict[str, Tensor], parts: int = 1) -> Tensor:
-    """Forward and backward of one batch: leaves the gradient in `prompt`, returns the loss.
+def gradient(model, prompt, batch) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and its gradient for the prompt, [P, d]: forward and backward.
 
-    The loss is the mean over the target tokens of the whole batch. So what each process makes of
-    its rows, cut into `parts` to need less memory, adds up to what one computes in one part.
-    Official: the mean of the means of micro-batches.
+    The batch is on the model's device, and nothing here waits for that.
+    Official: the loss is the mean of the means of micro-batches.
     """
-    tokens, loss = (batch["labels"] != -100).sum().item(), torch.zeros((), device=model.device)
-    world, rank = PartialState().num_processes, PartialState().process_index  # alone: 1 and 0
-    for i in range(rank, world * parts, world):
-        part = {name: rows[i::world * parts].to(model.device) for name, rows in batch.items()}
-        # [b, T, d] -> [b, P+T, d] and [b, P+T], b: rows of this part
-        embeds, mask = prompt(model.shared(part["input_ids"]), part["attention_mask"])
-        part_loss = token_losses(model, mask, part["labels"], inputs_embeds=embeds).sum() / tokens
-        part_loss.backward()
-        loss += part_loss.detach()
-    prompt.weight.grad = utils.reduce(prompt.weight.grad, "sum")  # over processes; t5-base: 60 kB
-    return utils.reduce(loss, "sum")
+    labels = batch["labels"]  # [B, S]
+    embeds, mask = prompt(model, batch)  # [B, P+T, d], [B, P+T]
+    losses = token_losses(model, mask, labels, inputs_embeds=embeds)  # [B, S]
+    loss = losses.sum() / (labels != -100).sum()
+    (grad,) = torch.autograd.grad(loss, [prompt.weight])
+    return loss.detach(), grad
 
 
-def main_score(scores: dict[str, float]) -> float:
-    """The first of some scores: the one that chooses the prompt."""
-    return next(iter(scores.values()))
+def padded_shape(prompt, batch):
+    """B, P+T and S of a batch behind a prompt [P, d], as `step_flops` takes them."""
+    size, source = batch["input_ids"].shape
+    return size, len(prompt) + source, batch["labels"].shape[1]
 
 
-def padded_shape(prompt: Tensor, batch: dict[str, Tensor]) -> tuple[int, int, int]:
-    """B, P+T and S of a batch behind a prompt [P, d], for `step_flops`."""
-    return len(batch["labels"]), len(prompt) + batch["input_ids"].shape[1], batch["labels"].shape[1]
+@dataclass
+class Run:
+    """How far a run has come: what it is resumed from, with prompt and optimiser."""
+
+    step: int = 0  # updates made
+    flops: int = 0  # what they cost, and the scoring of neurons before them
+    pt_flops: int = 0  # what prompt tuning pays for the same batches
+    seconds: float = 0.0  # of the updates, without evaluations
+    losses: list = field(default_factory=list)  # since the last evaluation
+    log: list = field(default_factory=list)  # a row for each evaluation
+    best_dev: float = -math.inf  # the best dev score so far
+    best_step: int = 0  # the update behind which it was reached, the later of equals
+    best_prompt: Tensor = None  # the prompt [P, d] of that update: the result
+
+    def record(self, stage, prompt, loss, dev):
+        """Note an evaluation; keep the prompt [P, d] if none was better before.
+
+        Raises FloatingPointError if the loss or the prompt is not finite.
+        """
+        if not math.isfinite(loss) or not prompt.isfinite().all():
+            raise FloatingPointError(f"not finite at update {self.step}: a lower --lr?")
+        if dev >= self.best_dev:
+            self.best_dev, self.best_step = dev, self.step
+            self.best_prompt = prompt.detach().clone()
+        row = {"step": self.step, "stage": stage + 1, "loss": loss, "dev": dev}
+        row |= {"best": self.best_dev, "flops": self.flops, "pt_flops": self.pt_flops}
+        self.log.append(row)
+        self.losses = []
 
 
-def new_run(flops: int = 0) -> dict:
-    """How far a run has come: with prompt and optimiser's state, all that it goes on from.
-
-    step: updates made; full_steps: of these on the full model. flops: what they cost, and what
-    (the argument) scoring the neurons did; pt_flops: what plain prompt tuning pays for the same
-    batches. seconds: of the updates. losses: since the last evaluation, which empties it. log: a
-    row for each evaluation; its stages count from 1. best: (dev scores, update, prompt [P, d]) of
-    the highest score, the later of equals.
-    """
-    return {"step": 0, "full_steps": 0, "flops": flops, "pt_flops": 0, "seconds": 0.0, "losses": [],
-            "log": [], "best": ()}
-
-
-def train(model, prompt, optimizer, schedule, batch_at, evaluate, run, steps, eval_every,
-          scores=None, decoder=True, parts=1):
-    """FPT: one prompt, one optimiser, a model that grows. Yields `run` after each update.
-
-    model: the full one, `.eval().requires_grad_(False)`. schedule: SCHEDULES["cr"], or another
-    list of stages. run: a `new_run()`, or a saved one to go on from. batch_at(step): a batch as
-    `neuron_scores` takes them. evaluate(model, prompt): a dict of dev scores, without gradients;
-    the first counts, higher is better. scores, decoder: for `partial_t5`. Trains `prompt` in
-    place; run["best"] has the one to keep. FloatingPointError if a number is not finite.
-    """
-    final, stage = partial_t5(model, *schedule[-1][:2], scores, decoder), None
-    for step in range(run["step"] + 1, steps + 1):
-        start = time.perf_counter()
-        # 1. Stage. Growth: a larger model; the prompt and the optimiser's state go on as they are.
-        if stage_at(schedule, step, steps) != stage:
-            stage, partial = stage_at(schedule, step, steps), None  # frees the old one's own FFNs
-            partial = partial_t5(model, *schedule[stage][:2], scores, decoder)
-        # 2. Batch. Like the initial prompt, the same for every schedule of a seed.
-        batch = batch_at(step)  # input_ids [B, T], attention_mask [B, T], labels [B, S]
+def train(
+    model,  # the full T5, in eval mode, its weights frozen by requires_grad_(False)
+    prompt,  # a SoftPrompt on the same device, trained in place
+    optimizer,  # of `adafactor`, or another one for prompt.weight
+    schedule,  # SCHEDULES["cr"], or another list of stages
+    batches,  # an iterator over batches as in `neuron_scores`, from update run.step + 1
+    evaluate,  # evaluate(model, prompt) -> dev score; higher is better
+    *,
+    steps,
+    eval_every,
+    run,  # Run(), or the one to go on from
+    scores=None,  # of `neuron_scores`
+    decoder=True,  # as in `partial_t5`
+    gradient=gradient,
+):
+    """FPT: one prompt, one optimiser, a model that grows. Yields run after each update."""
+    final = partial_t5(model, schedule[-1].depth, schedule[-1].width, scores, decoder)
+    pt_cost = functools.cache(functools.partial(step_flops, model))
+    stage = None
+    for step in range(run.step + 1, steps + 1):
+        if not run.losses:
+            start = time.perf_counter()
+        # 1. Stage. The model grows; the prompt, the optimiser and its averages stay.
+        if stage != stage_at(schedule, step, steps):
+            stage = stage_at(schedule, step, steps)
+            size = schedule[stage]
+            partial = partial_t5(model, size.depth, size.width, scores, decoder)
+            cost = functools.cache(functools.partial(step_flops, partial))
+        # 2. Batch: the same one for every schedule, so that scores can be compared.
+        batch = next(batches)
         # 3. Forward through the frozen partial model, and back through it to the prompt.
-        loss = gradient(partial, prompt, batch, parts)
-        # 4. Update. The clipping is the paper's. One NaN would spread to the whole prompt: stop.
-        norm = nn.utils.clip_grad_norm_([prompt.weight], 1.0)
+        loss, prompt.weight.grad = gradient(partial, prompt, batch)
+        # 4. Update, with the paper's clipping.
+        nn.utils.clip_grad_norm_([prompt.weight], 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        if not torch.stack([loss, norm, prompt.weight.detach().abs().max()]).isfinite().all():
-            raise FloatingPointError(f"update {step}: loss, gradient or prompt is not finite")
-        # 5. Ledger. What this update cost, and what plain prompt tuning pays for the batch.
-        run["flops"] += step_flops(partial, *padded_shape(prompt.weight, batch))
-        run["pt_flops"] += step_flops(model, *padded_shape(prompt.weight, batch))
-        run["losses"].append(loss.item())
-        run["seconds"] += time.perf_counter() - start
-        run["full_steps"] += schedule[stage][:2] == (1, 1)
-        run["step"] = step
-        # 6. Evaluation, on the final model, whatever trains. Official: on that of the moment.
+        # 5. Ledger. The FLOPs of one shape are counted once.
+        run.step = step
+        run.losses.append(loss)
+        run.flops += cost(*padded_shape(prompt.weight, batch))
+        run.pt_flops += pt_cost(*padded_shape(prompt.weight, batch))
+        # 6. Evaluation, of the final model. Official: of the one that is being trained.
         if step % eval_every == 0 or step == steps:
-            dev, loss = evaluate(final, prompt), sum(run["losses"]) / len(run["losses"])
-            if not run["best"] or main_score(dev) >= main_score(run["best"][0]):
-                run["best"] = dev, step, prompt.weight.detach().clone()
-            run["log"].append({key: run[key] for key in ("step", "flops", "pt_flops")} | {
-                "stage": stage + 1, "loss": loss, "dev": dev, "best": main_score(run["best"][0])})
-            run["losses"] = []
+            loss = (
+                torch.stack(run.losses).double().mean().item()
+            )  # waits for the device
+            run.seconds += time.perf_counter() - start
+            run.record(stage, prompt.weight, loss, evaluate(final, prompt))
         yield run
 
 
-# ====== 6 Tasks and data ==========================================================================
+# ====== 6 Tasks and data ==============================================================
 
 
-class Task(NamedTuple):
-    """A task as data. Without `labels` it is free text: `generate` answers, and the decoder shrinks
-    too. For labels it stays whole, as in the paper.
+@dataclass
+class Example:
+    """A source, the texts that answer it (the first is learned), and their tokens."""
+
+    source: str
+    answers: list[str]
+    source_ids: Tensor = None  # [T], by `encode`
+    target_ids: Tensor = None  # [S], by `encode`
+
+
+@dataclass
+class Task:
+    """What a task is and, once it is loaded, its examples.
+
+    With labels the answer is one of them, and the decoder stays whole, as in the paper.
+    Without, it is free text, and the decoder is reduced as well.
     """
 
-    columns: str = ""  # of a hub data set; the source is "column: text column: text"; XSum: bare
-    labels: tuple[str, ...] = ()  # verbalizer: the text of label 0, 1, ... in the data set's order
-    hub: str = ""  # repository; the name of the task is the configuration
-    metric: str = "accuracy"  # a name in METRICS
-    max_target: int = 64  # tokens of free text kept, and generated at most; labels stay whole
-    prefix: str = "<extra_id_0>"  # how span-corruption targets begin; the official code keeps it
+    template: str = ""  # of a source, filled with a row of the hub data set
+    labels: tuple = ()  # verbalizer: the texts of label 0, 1, ...
+    hub: str = ""  # the data set; for GLUE and SuperGLUE the task names the subset
+    metric: str = "accuracy"  # of free text: accuracy (equal texts), squad, rouge_l
+    max_target: int = 64  # tokens of free text that are learned, and generated at most
+    prefix: str = "<extra_id_0>"  # of each target, as in T5's pre-training
+    train: list = ()
+    dev: list = ()  # held out from train by `load_task`; it chooses the prompt
+    validation: list = ()  # only reported
+    tokenizer: object = None  # by `encode`
 
 
-GLUE, SUPER = "nyu-mll/glue", "aps/super_glue"  # full names: datasets 5 refuses the short ones
+GLUE = "nyu-mll/glue"  # full names: datasets 5 refuses the short ones
+SUPER = "aps/super_glue"
+NLI = "hypothesis: {hypothesis} premise: {premise}"
+PAIR = "sentence1: {sentence1} sentence2: {sentence2}"
+QUESTIONS = "question1: {question1} question2: {question2}"
+RECORD = "query: {query} entities: {entities} passage: {passage}"
+SQUAD = "question: {question} context: {context}"
+BOOLQ = "question: {question} passage: {passage}"
+COPA = "choice1: {choice1} choice2: {choice2} premise: {premise} question: {question}"
 TASKS = {
-    "mnli": Task("hypothesis premise", ("entailment", "neutral", "contradiction"), GLUE),
-    "qqp": Task("question1 question2", ("not_duplicate", "is_duplicate"), GLUE, "binary_f1"),
-    "squad2": Task("question context", (), "rajpurkar/squad_v2", "squad"),
-    "record": Task("query entities passage", (), SUPER, "squad"),
-    "xsum": Task("document", (), "EdinburghNLP/xsum", "rouge_l", max_target=128),
-    # The paper's end here. t5-base and the other v1.0 models saw these (and most of the five) in
-    # their own pre-training: their scores show that a run works, not what a prompt can learn.
-    "rte": Task("sentence1 sentence2", ("entailment", "not_entailment"), GLUE),
-    "sst2": Task("sentence", ("negative", "positive"), GLUE),
-    "mrpc": Task("sentence1 sentence2", ("not_equivalent", "equivalent"), GLUE, "binary_f1"),
-    "boolq": Task("question passage", ("False", "True"), SUPER),
-    "cb": Task("hypothesis premise", ("entailment", "contradiction", "neutral"), SUPER, "macro_f1"),
-    "copa": Task("choice1 choice2 premise question", ("choice1", "choice2"), SUPER),
-    "wic": Task("word sentence1 sentence2", ("False", "True"), SUPER)}
+    "mnli": Task(NLI, ("entailment", "neutral", "contradiction"), GLUE),
+    "qqp": Task(QUESTIONS, ("not_duplicate", "is_duplicate"), GLUE),
+    "squad2": Task(SQUAD, (), "rajpurkar/squad_v2", "squad"),
+    "record": Task(RECORD, (), SUPER, "squad"),
+    "xsum": Task("{document}", (), "EdinburghNLP/xsum", "rouge_l", 128),
+    # The paper's tasks end here. t5-base and the other models of T5 v1.0 saw these, and
+    # most of those above, in their own pre-training: scores of theirs show that a run
+    # works, not what a prompt can learn.
+    "rte": Task(PAIR, ("entailment", "not_entailment"), GLUE),
+    "sst2": Task("sentence: {sentence}", ("negative", "positive"), GLUE),
+    "mrpc": Task(PAIR, ("not_equivalent", "equivalent"), GLUE),
+    "boolq": Task(BOOLQ, ("False", "True"), SUPER),
+    "cb": Task(NLI, ("entailment", "contradiction", "neutral"), SUPER),
+    "copa": Task(COPA, ("choice1", "choice2"), SUPER),
+    "wic": Task("word: {word} " + PAIR, ("False", "True"), SUPER),
+}
 
 
-def load_data(name: str, dev: int, limit: int = 0):
-    """The task `name`, of the table or a folder -> `Task`, train, dev and validation examples.
+def load_task(name, dev, limit=0):
+    """The task of this name, from the table or a folder, with its examples.
 
-    An example is a source and the texts that count as right; the first of these is learned.
-    `dev` of them are carved from train by their sources, the same every time. `limit` > 0 keeps as
-    many of validation, drawn at random: a file may be sorted. ValueError for what cannot be used.
-    Official: chooses the prompt, and the neurons, on the validation split that it reports.
+    `dev` of them, a fifth at most, are held out from train: by their sources, and the
+    same every time. With limit > 0 as many validation examples are kept, drawn at random
+    since files may be sorted. Raises ValueError for a folder that cannot be used, and
+    what the `datasets` library raises.
+    Official: chooses prompts and neurons on the split that it reports.
     """
-    if name not in TASKS and not os.path.isdir(name):
-        raise ValueError(f"unknown task {name!r}: use a folder, or {', '.join(TASKS)}")
-    task, train, validation = load_hub(name) if name in TASKS else load_folder(Path(name))
-    mixed = functools.partial(sorted, key=lambda row: zlib.crc32(row[0].encode()))  # any order
-    sources = dict(mixed(train))  # ReCoRD repeats some
-    held = dict(itertools.islice(sources.items(), max(1, min(dev, len(sources) // 5))))
-    train = [(source, answers) for source, answers in train if source not in held]
-    return task, train, [*held.items()], mixed(validation)[:limit] if limit else validation
-
-
-def load_hub(name: str):
-    """-> task, train and validation examples, downloaded or cached by the `datasets` library."""
-    import datasets
-
-    task, config = TASKS[name], name if "glue" in TASKS[name].hub else None
-    try:
-        data = datasets.load_dataset(task.hub, config)
-    except RuntimeError:  # xsum may be a loading script there: refused, but not this branch
-        data = datasets.load_dataset(task.hub, config, revision="refs/convert/parquet")
-    train = [example for row in data["train"] for example in hub_examples(task, row)]
-    validation = data["validation_matched" if name == "mnli" else "validation"]
-    return task, train, [hub_examples(task, row)[0] for row in validation]
-
-
-def hub_examples(task: Task, row: dict) -> list[tuple[str, tuple[str, ...]]]:
-    """A row of a hub data set -> an example for each text that may be learned from it.
-
-    More than one for ReCoRD alone: the official code trains on every distinct answer of a query.
-    """
-    texts = {name: row[name] for name in task.columns.split()}
-    if task.labels:
-        answers = [dict(enumerate(task.labels))[row["label"]]]  # KeyError for -1: unlabelled
-    elif "summary" in row:
-        return [(row["document"], (row["summary"],))]
-    elif "entities" in row:
-        answers, texts["entities"] = row["answers"], ", ".join(row["entities"])
-        stops = re.sub(r"(?<![.?!\"'])(?=\n@highlight\n|\Z)", ".", row["passage"])  # bullet points
-        texts["passage"] = stops.replace("\n@highlight\n", " ")
+    if name in TASKS:
+        task = load_hub(name)
+    elif os.path.isdir(name):
+        task = load_folder(Path(name))
     else:
-        answers = row["answers"]["text"] or ["no answer"]  # SQuAD 2.0
-    source = " ".join(f"{name}: {text}" for name, text in texts.items())
-    learned = dict.fromkeys(answers if "entities" in row else answers[:1])
-    return [(source, tuple(dict.fromkeys([text, *answers]))) for text in learned]
+        raise ValueError(f"unknown task {name!r}: use a folder or {', '.join(TASKS)}")
+    mixed = functools.partial(sorted, key=lambda row: zlib.crc32(row.source.encode()))
+    sources = {row.source: row for row in mixed(task.train)}
+    count = max(1, min(dev, len(sources) // 5))
+    task.dev = [sources.pop(source) for source in list(sources)[:count]]
+    task.train = [row for row in task.train if row.source in sources]
+    if limit:
+        task.validation = mixed(task.validation)[:limit]
+    return task
 
 
-def load_folder(folder: Path):
-    """-> task, train and validation examples of a folder; ValueError names the file and the line.
+def load_hub(name):
+    """A task of the table, downloaded or from the cache of the `datasets` library."""
+    import datasets  # after transformers: before it, it prints two lines of its own
 
-    task.json may set `labels`, `metric`, `prefix` (none by default) and `max_target`. Lines of
-    train.jsonl and validation.jsonl are {"source": text, "target": text}; for free text a target
-    may be a list: the first is learned, any is right.
+    task = TASKS[name]
+    subset = name if "glue" in task.hub else None
+    # XSum may be a loading script, which datasets refuses; this branch has its rows.
+    branch = "refs/convert/parquet" if name == "xsum" else None
+    splits = datasets.load_dataset(task.hub, subset, revision=branch)
+    train = []
+    for row in splits["train"]:
+        train += hub_examples(task, row)
+    rows = splits["validation_matched" if name == "mnli" else "validation"]
+    validation = [hub_examples(task, row)[0] for row in rows]
+    return replace(task, train=train, validation=validation)
+
+
+def hub_examples(task, row):
+    """A row of a hub data set as an example for each answer that is learned from it.
+
+    That is one, except for ReCoRD: the official code learns every answer to a query.
     """
-    clean = functools.partial(unicodedata.normalize, "NFC")  # é in one way; TypeError for a number
-    place = folder / "task.json"
-    splits = {folder / f"{name}.jsonl": [] for name in ("train", "validation")}
+    if task.labels:
+        answers = [dict(enumerate(task.labels))[row["label"]]]  # KeyError if unlabelled
+    elif "summary" in row:  # XSum
+        answers = [row["summary"]]
+    elif "entities" in row:  # ReCoRD
+        answers = list(dict.fromkeys(row["answers"]))
+        # The passage ends in bullet points. Those without a full stop get one.
+        passage = re.sub(r"(?<![.?!\"'])(?=\n@highlight|\Z)", ".", row["passage"])
+        passage = passage.replace("\n@highlight\n", " ")
+        row = {**row, "entities": ", ".join(row["entities"]), "passage": passage}
+    else:  # SQuAD 2.0
+        answers = row["answers"]["text"] or ["no answer"]
+    source = task.template.format(**row)
+    learned = answers if "entities" in row else answers[:1]
+    return [Example(source, [text, *answers]) for text in learned]
+
+
+def load_folder(folder):
+    """A task of your own: task.json, train.jsonl and validation.jsonl in a folder.
+
+    task.json holds an object that may set labels, metric, max_target and prefix (none by
+    default). Raises ValueError, with file and line, for what cannot be used.
+    """
+    path = folder / "task.json"
     try:
-        found = json.loads(place.read_text("utf-8-sig"))  # -sig: Excel and Notepad mark the start
-        task = Task(**{"prefix": "", **found, "labels": tuple(map(clean, found.get("labels", ())))})
-        if task.metric not in METRICS or (task.metric == "binary_f1" and len(task.labels) != 2):
-            raise ValueError(f"metric is one of {', '.join(METRICS)}; binary_f1 needs two labels")
-        for path, examples in splits.items():
-            place = path
-            for number, line in enumerate(path.read_text("utf-8-sig").strip().split("\n"), 1):
-                place = f"{path}, line {number}, {line[:80]!r}"
-                row = json.loads(line)
-                answers = row["target"] if isinstance(row["target"], list) else [row["target"]]
-                source, *answers = map(clean, (row["source"], *answers))
-                if not answers or not all(text.strip() for text in (source, *answers)):
-                    raise ValueError("source or target is empty")
-                if task.labels and (*answers,) not in zip(task.labels):
-                    raise ValueError(f"target {answers} is not one of the labels {task.labels}")
-                examples.append((source, tuple(answers)))
-    except (ValueError, TypeError, LookupError, AttributeError) as why:
-        raise ValueError(f"{place}: {type(why).__name__}: {why}; one JSON object a line") from None
-    return task, *splits.values()
+        task = Task(**{"prefix": "", **json.loads(path.read_text("utf-8-sig"))})
+        if task.metric not in ("accuracy", "squad", "rouge_l"):
+            raise ValueError("metric is accuracy, squad or rouge_l")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    task.train = read_examples(folder / "train.jsonl", task.labels)
+    task.validation = read_examples(folder / "validation.jsonl", task.labels)
+    return task
 
 
-def load_model(name: str, device, precision: str):
-    """-> the model, frozen and in eval mode, and its tokenizer, by transformers' own code."""
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # a thread would ask a bot
-    import transformers
+def read_examples(path, labels):
+    """The examples of a file of lines {"source": text, "target": text or list of texts}.
 
-    transformers.logging.set_verbosity_error()  # its warning on untied T5 heads advises wrongly
-    transformers.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(  # no dropout, as in the paper
-        name, trust_remote_code=False, dropout_rate=0.0, return_dict=True)
-    check_t5(config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-        name, config=config, output_loading_info=True, ignore_mismatched_sizes=True,  # see below
-        # On a CPU in bf16 torch's sdpa is the slower one; for long sources it needs less memory.
-        attn_implementation="eager" if (str(device), precision) == ("cpu", "bf16") else "sdpa",
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32)  # the default: the file's
-    fits = config.vocab_size / 2 < len(tokenizer) <= config.vocab_size
-    wrong = [*info["missing_keys"], *info["mismatched_keys"], *(() if fits else ["tokenizer"])]
-    if wrong:  # transformers draws such weights at random, and makes up a tokenizer that is absent
-        raise ValueError(f"config, weights and tokenizer of {name} do not fit: see {wrong[0]}")
-    if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
-        raise ValueError(f"the head of {name} is its embeddings: a resize overwrote it; reload it")
-    ids = {key: value for key, value in vars(config).items() if key.endswith("_token_id")}
-    model.generation_config = transformers.GenerationConfig(**ids)  # greedy, whatever its file says
-    return model.to(device).eval().requires_grad_(False), tokenizer
-
-
-def label_ids(tokenizer, task: Task) -> list[list[int]]:
-    """Token ids of each label's target, end of sequence included; ValueError if two are alike."""
-    ids = [tokenizer(task.prefix + label).input_ids for label in task.labels]
-    if any(ids.count(row) > 1 for row in ids):
-        raise ValueError(f"two of {task.labels} are the same tokens for this model: reword them")
-    return ids
-
-
-def encode(tokenizer, task: Task, max_source: int, examples) -> list[tuple[list, list]]:
-    """Examples -> (source, target) as token ids with their end of sequence, cut to the maxima.
-
-    Labels are never cut, or two of them might become one.
+    Of a list, which only free text may have, the first is learned, and any is right.
     """
-    sources = tokenizer([source for source, _ in examples], truncation=True, max_length=max_source)
-    targets = tokenizer([task.prefix + answers[0] for _, answers in examples],
-                        truncation=not task.labels, max_length=task.max_target)
-    return list(zip(sources.input_ids, targets.input_ids))
+    examples = []
+    for number, line in enumerate(path.read_bytes().strip().split(b"\n"), 1):
+        try:
+            row = json.loads(line)
+            target = row["target"]
+            answers = target if isinstance(target, list) else [target]
+            if not answers or not all(x.strip() for x in [row["source"], *answers]):
+                raise ValueError("source or target is empty")
+            if labels and target not in labels:
+                raise ValueError(f"target {target!r} is not one of {labels}")
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}; a line is one JSON object"
+            raise ValueError(f"{path}, line {number}, {line[:80]}: {problem}") from None
+        examples.append(Example(row["source"], answers))
+    return examples
 
 
-def collate(rows) -> dict[str, Tensor]:
-    """(source, target) ids -> input_ids and attention_mask [B, T], labels [B, S], padded to the
-    longest. Official: pads every source to 492 tokens, whatever its length.
+def encode(task, tokenizer, max_source):
+    """Give all examples their tokens, at most max_source and task.max_target of them.
+
+    Labels are not cut, or two of them might become one. Raises ValueError if two are
+    the same for this tokenizer anyway.
     """
-    sources, targets = ([torch.tensor(ids) for ids in side] for side in zip(*rows))
-    pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)  # with 0, T5's <pad>
-    return {"input_ids": pad(sources), "labels": pad(targets, padding_value=-100),  # no loss there
-            "attention_mask": pad([torch.ones_like(source) for source in sources])}
+    labels = [str(tokenizer(task.prefix + label).input_ids) for label in task.labels]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"two of {task.labels} are the same tokens: reword them")
+    task.tokenizer = tokenizer
+    rows = [*task.train, *task.dev, *task.validation]
+    longest = 512 if labels else task.max_target
+    for start in range(0, len(rows), 1000):  # all at once would take much memory
+        part = rows[start : start + 1000]
+        sources = [row.source for row in part]
+        targets = [task.prefix + row.answers[0] for row in part]
+        sources = tokenizer(sources, truncation=True, max_length=max_source)
+        targets = tokenizer(targets, truncation=True, max_length=longest)
+        for i, row in enumerate(part):
+            row.source_ids = torch.tensor(sources.input_ids[i]).int()
+            row.target_ids = torch.tensor(targets.input_ids[i]).int()
+
+
+def collate(rows, device):
+    """Encoded examples as a batch, padded to the longest source and the longest target.
+
+    Official: every source is padded to 492 tokens.
+    """
+    how = {"batch_first": True, "padding_value": -100}
+    pad = functools.partial(nn.utils.rnn.pad_sequence, **how)
+    sources = pad([row.source_ids for row in rows]).long().to(device)  # [B, T]
+    labels = pad([row.target_ids for row in rows]).long().to(device)  # [B, S]
+    mask = (sources >= 0).long()
+    return {"input_ids": sources * mask, "attention_mask": mask, "labels": labels}
 
 
 def rng(*key):
-    """A CPU generator that depends on `key` alone, so that no draw can shift another one."""
+    """A generator that depends on this key alone, so that no draw can shift another."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def batches(examples, encode, seed: int, size: int, pool: int = 200):
-    """-> a function: number of an update, from 1 -> its batch. Pure in (seed, update).
+def batches(examples, size, device, seed, first=1, pool=200):
+    """Yield the batches of update `first`, `first` + 1, ... of a seed, without end.
 
-    Each pass over the examples is shuffled and cut into pools of `pool` batches; a pool is sorted
-    by length and cut into batches, which come in random order: little padding, and no example twice
-    in a pass. What does not fill a batch at its end is left out. `encode` turns a pool into ids.
-    Labels that go with length are uneven within batches; shuffled ones (pool=1) cost more padding.
+    A batch depends on seed and update alone, so all schedules of a seed see the same
+    batches, and a run can be resumed. A pass over the examples is shuffled and cut into
+    pools of `pool` batches. Each pool is sorted by length, for little padding, and its
+    batches are shuffled. No example comes twice in a pass; those that do not fill a
+    batch at its end are left out of it.
     """
     per_pass = len(examples) // size
-
-    @functools.lru_cache(maxsize=1)
-    def drawn(number, first):  # of a pass, the pool that begins with its batch `first`
+    for number in itertools.count((first - 1) // per_pass):
         order = torch.randperm(len(examples), generator=rng(seed, "pass", number))
-        chosen = order[first * size:min(first + pool, per_pass) * size]
-        rows = sorted(encode([examples[i] for i in chosen]), key=lambda row: len(row[0]))
-        mixed = torch.randperm(len(rows) // size, generator=rng(seed, "pool", number, first))
-        return [rows[k * size:(k + 1) * size] for k in mixed]
-
-    def batch_at(step):
-        number, place = divmod(step - 1, per_pass)
-        return collate(drawn(number, place - place % pool)[place % pool])
-    return batch_at
-
-
-def remark(task: Task, train, dev, validation, tokenizer, max_source: int) -> None:
-    """Say, before the first update, what makes the scores mean less than they seem to."""
-    rows = [(*row, tokenizer(row[0]).input_ids, tokenizer(task.prefix + row[1][0]).input_ids)
-            for row in (*train[::len(train) // 1000 + 1], *dev, *validation)]
-    long, unknown = math.inf if task.labels else task.max_target, tokenizer.unk_token_id
-    compared = {"squad": squad_text, "rouge_l": rouge_text}.get(task.metric, str.strip)
-    known, first = {*dict(train), *dict(dev)}, {"": ""}  # the first answer that is compared as this
-    pairs = [(word, first.setdefault(compared(word), word)) for row in rows for word in row[1]]
-    for what, found in {
-            "are cut": [row for row in rows if len(row[2]) > max_source or len(row[3]) > long],
-            "have unknown tokens, or a target that the tokenizer changes": [row for row in rows if (
-                unknown in row[2] + row[3] or row[1][0].strip() not in tokenizer.decode(row[3]))],
-            f"answers are empty, or the same as another, to the metric {task.metric}": [
-                pair for pair in pairs if pair[0] != pair[1]],
-            "validation sources are in train": [row for row in validation if row[0] in known],
-            "labels are not in train": [*{*task.labels} - {row[1][0] for row in train}]}.items():
-        if found:
-            print(f"warning: {len(found)} {what} ({len(rows)} examples seen): {str(found[0])[:99]}")
+        cut = []
+        for part in order[: per_pass * size].split(pool * size):
+            rows = [examples[i] for i in part]
+            rows.sort(key=lambda row: len(row.source_ids))
+            generator = rng(seed, "pool", number, len(cut))
+            for i in torch.randperm(len(rows) // size, generator=generator):
+                cut.append(rows[i * size : (i + 1) * size])
+        for rows in cut[max(0, first - 1 - number * per_pass) :]:
+            yield collate(rows, device)
 
 
-# ====== 7 Evaluate ================================================================================
+def warn(task, max_source):
+    """Say before the first update what would make scores mean less than they seem to."""
+    rows = [*task.train, *task.dev, *task.validation]
+    unk = task.tokenizer.unk_token_id
+    cut = unknown = 0
+    for row in rows[:: len(rows) // 5000 + 1]:
+        too_long = not task.labels and len(row.target_ids) == task.max_target
+        cut += too_long or len(row.source_ids) == max_source
+        unknown += unk in row.source_ids or unk in row.target_ids
+    if cut:
+        print(f"warning: {cut} examples fill --max-source or max_target, or are cut")
+    if unknown:
+        print(f"warning: {unknown} examples have tokens that the model does not know")
+    learned = {row.source for row in [*task.train, *task.dev]}
+    known = sum(row.source in learned for row in task.validation)
+    if known:
+        print(f"warning: {known} sources of validation are in train as well")
+    missing = set(task.labels) - {row.answers[0] for row in task.train}
+    if missing:
+        print(f"warning: train has no example of {sorted(missing)}")
 
 
-def accuracy(predictions, examples, labels) -> dict[str, float]:
-    """Percent of texts that are a right answer, but for white space around."""
-    right = [text.strip() in map(str.strip, row[1]) for text, row in zip(predictions, examples)]
-    return {"accuracy": 100 * sum(right) / len(right)}
+# ====== 7 Evaluate ====================================================================
+
+EVALUATION_BATCH = 128  # examples: more than in an update, for lack of a backward pass
 
 
-def f1(average: str, predictions, examples, labels) -> dict[str, float]:
-    """Accuracy, and F1 in percent: "binary", of the second label (GLUE's for QQP), or "macro"."""
-    from sklearn.metrics import f1_score
-
-    label = {"pos_label": labels[1]} if average == "binary" else {}
-    gold = [answers[0] for _, answers in examples]
-    score = 100 * f1_score(gold, predictions, average=average, zero_division=0, **label)
-    return accuracy(predictions, examples, labels) | {" of ".join(["f1", *label.values()]): score}
+def main_score(scores):
+    """The first of some scores: the one that chooses the prompt, and is compared."""
+    return next(iter(scores.values()))
 
 
-def squad_text(text: str) -> str:
-    """What SQuAD's script compares: the words, without case, ASCII punctuation and articles."""
-    bare = re.sub(r"[!-/:-@[-`{-~]", "", text.lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
+def score(task, predictions, examples):
+    """Scores in percent, of the best answer to each example. The first one counts.
 
-
-def squad(predictions, examples, labels) -> dict[str, float]:
-    """SQuAD 2.0's exact match and token F1, best of the right answers, in percent.
-
-    As in its script: "no answer" is no words, and right answers without a word do not count.
-    Official: raw equality of texts; its F1 is that of answerability.
+    Official: SQuAD's EM compares raw texts, its F1 is that of answerability, and ROUGE-L
+    is the summary-level kind.
     """
-    from torchmetrics.functional.text import squad as score
+    from torchmetrics import functional
 
-    def texts(answers):
-        return [text for text in map(squad_text, answers) if text not in ("", "no answer")] or [""]
-
-    found = [{"prediction_text": texts([text])[0], "id": i} for i, text in enumerate(predictions)]
-    gold = [{"answers": {"text": texts(row[1])}, "id": i} for i, row in enumerate(examples)]
-    return {key: float(value) for key, value in score(found, gold).items()}
-
-
-def rouge_text(text: str) -> str:
-    """What ROUGE compares: words of letters, marks, numbers of any script. As in the rouge-score
-    package, accented Latin letters are blanks: not for French or German. Chinese is one word.
-    """
-    kept = (char if unicodedata.category(char)[0] in "LMN" else " " for char in text.lower())
-    return " ".join(re.sub("[\u00aa-\u024f]", " ", "".join(kept)).split())
-
-
-def rouge_l(predictions, examples, labels) -> dict[str, float]:
-    """ROUGE-L F-measure, without stemming, best of the right answers, in percent.
-
-    Official: the summary-level variant, sentence by sentence.
-    """
-    from torchmetrics.functional.text import rouge_score
-
-    gold = [list(answers) for _, answers in examples]
-    scores = rouge_score(predictions, gold, "best", rouge_keys="rougeL", normalizer=rouge_text)
-    return {"rouge_l": 100 * float(scores["rougeL_fmeasure"])}
-
-
-METRICS = {"accuracy": accuracy, "binary_f1": functools.partial(f1, "binary"), "squad": squad,
-           "macro_f1": functools.partial(f1, "macro"), "rouge_l": rouge_l}
+    answers = [row.answers for row in examples]
+    if task.metric == "rouge_l":
+        words = regex.compile(r"[\p{L}\p{M}\p{N}]+").findall  # of any script
+        how = {"normalizer": str.lower, "tokenizer": words, "rouge_keys": "rougeL"}
+        scores = functional.text.rouge_score(predictions, answers, **how)
+        return {"rouge_l": 100 * scores["rougeL_fmeasure"].item()}
+    if task.metric == "squad":
+        none = {"no answer": ""}  # the script of SQuAD 2.0 takes no text for it
+        found, gold = [], []
+        for i, text in enumerate(predictions):
+            right = [none.get(answer, answer) for answer in answers[i]]
+            found.append({"id": i, "prediction_text": none.get(text, text)})
+            gold.append({"id": i, "answers": {"text": right}})
+        scores = functional.text.squad(found, gold)
+        return {name: value.item() for name, value in scores.items()}
+    hits = map(list.__contains__, answers, predictions)
+    scores = {"accuracy": 100 * sum(hits) / len(answers)}
+    if task.labels:  # F1 of the second of two labels, as in GLUE; of more, their mean
+        guesses = torch.tensor([task.labels.index(text) for text in predictions])
+        gold = torch.tensor([task.labels.index(right[0]) for right in answers])
+        kind = "binary" if len(task.labels) == 2 else "multiclass"
+        how = {"num_classes": len(task.labels), "average": "macro"}
+        scores["f1"] = 100 * functional.f1_score(guesses, gold, kind, **how).item()
+    return scores
 
 
 @torch.no_grad()
-def evaluate(model, prompt: SoftPrompt, tokenizer, task: Task, examples, config):
-    """-> scores in percent, the first of them the one that counts, and the predicted texts.
+def evaluate(model, prompt, task, examples):
+    """The scores of encoded examples, and the predicted texts.
 
-    Labels by rank classification: the label whose text is likeliest (a sum over its tokens). Free
-    text by greedy decoding. Under torchrun each process predicts a part.
-    Official: decodes labels as well, and compares texts; what counts is the mean of all metrics.
+    Labels are predicted by rank classification: the label whose text is likeliest, with
+    the log-likelihoods of its tokens added up. Free text is decoded greedily.
+    Official: decodes labels as well, and compares texts.
     """
-    labels, rows = label_ids(tokenizer, task), encode(tokenizer, task, config.max_source, examples)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))  # little padding
-    chunks, found = [order[i:i + config.batch] for i in range(0, len(order), config.batch)], []
-    for chosen in chunks[PartialState().process_index::PartialState().num_processes]:
-        batch = collate([rows[i] for i in chosen])
-        embeds = model.shared(batch["input_ids"].to(model.device))  # [B, T, d]
-        embeds, mask = prompt(embeds, batch["attention_mask"].to(model.device))  # [B, P+T, d]
-        if task.labels:  # one at a time: the logits of C labels at once are C times [B, S, V]
-            source = model.encoder(inputs_embeds=embeds, attention_mask=mask)  # [B, P+T, d], once
-            losses = [token_losses(model, mask, mask.new_tensor([ids] * len(chosen)),
-                                   encoder_outputs=source).sum(1) for ids in labels]  # C of [B]
-            texts = [task.labels[i] for i in torch.stack(losses).argmin(0).tolist()]
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].source_ids))
+    own = order[RANK::WORLD]
+    texts = {}
+    for start in range(0, len(own), EVALUATION_BATCH):
+        chosen = own[start : start + EVALUATION_BATCH]
+        batch = collate([examples[i] for i in chosen], model.device)
+        embeds, mask = prompt(model, batch)  # [B, P+T, d], [B, P+T]
+        if task.labels:
+            found = likeliest_labels(model, embeds, mask, task)
         else:
-            ids = model.generate(inputs_embeds=embeds, attention_mask=mask,
-                                 max_new_tokens=task.max_target)
-            texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-            texts = [text.strip().removeprefix(task.prefix.strip()).strip() for text in texts]
-        found += zip(chosen, texts)
-    predictions = [text for _, text in sorted(utils.gather_object(found))]
-    return METRICS[task.metric](predictions, examples, task.labels), predictions
+            how = {"attention_mask": mask, "max_new_tokens": task.max_target}
+            ids = model.generate(inputs_embeds=embeds, **how)
+            found = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found = [x.strip().removeprefix(task.prefix).strip() for x in found]
+        texts |= zip(chosen, found, strict=True)
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, texts)
+        for part in parts:
+            texts |= part
+    predictions = [texts[i] for i in range(len(examples))]
+    return score(task, predictions, examples), predictions
 
 
-# ====== 8 Record and compare ======================================================================
+def likeliest_labels(model, embeds, mask, task):
+    """The label with the smallest loss for each of B sources behind a prompt."""
+    source = model.encoder(inputs_embeds=embeds, attention_mask=mask)
+    losses = []
+    for label in task.labels:  # one at a time, to save memory
+        ids = task.tokenizer(task.prefix + label).input_ids
+        target = mask.new_tensor(ids).expand(len(mask), -1)  # [B, S]
+        loss = token_losses(model, mask, target, encoder_outputs=source)  # [B, S]
+        losses.append(loss.sum(1))
+    best = torch.stack(losses).argmin(0)  # [B]
+    return [task.labels[i] for i in best]
 
-SIGNALS = []  # Ctrl-C or SIGTERM, as they came
+
+# ====== 8 Record and compare ==========================================================
 
 
-def note(number, _) -> None:
-    """Handle a signal: `tune` looks for it after each update. The second one ends at once."""
-    SIGNALS.append(number)
-    signal.signal(number, signal.default_int_handler)
-
-
-def write(path: Path, rows) -> None:
-    """JSON, a line a row; the whole file or nothing: a reader sees the old content or the new."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_lines(path, rows):
+    """JSON, a line for each row. A reader finds the old file whole or the new one."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    draft = path.with_name("draft")
+    draft.write_text("".join(lines), "utf-8")
     os.replace(draft, path)
 
 
-def tune(model, tokenizer, data, config, name: str, seed: int, start: Tensor, folder: Path):
-    """Train one schedule on one seed, from the prompt `start` [P, d] or the state in the folder.
+def compare(runs):
+    """A pandas DataFrame with a row for each run: scores, and costs beside `pt`'s.
 
-    -> how it ended (`new_run`), validation scores of the best prompt, predictions. The state is
-    written at each evaluation, and at the update at which a signal has come to any process; that
-    raises KeyboardInterrupt.
-    """
-    from tqdm import tqdm
-
-    (task, examples, dev, validation), schedule, scores = data, parse_schedule(name), None
-    ids, run = functools.partial(encode, tokenizer, task, config.max_source), new_run()
-    if any(stage.width < 1 for stage in schedule):
-        drawn = batches(examples, ids, f"scores {seed}", config.batch, pool=1)  # 1: of all lengths
-        parts = [drawn(i + 1) for i in range(math.ceil(64 / config.batch))]
-        run = new_run(sum(step_flops(model, *padded_shape(start, part), False) for part in parts))
-        scores = utils.broadcast(neuron_scores(model, start, parts))  # ties are broken alike
-    prompt = SoftPrompt(start).to(model.device)
-    optimizer = adafactor(prompt, config.lr)
-    if (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", model.device, weights_only=True)
-        run, prompt.weight.data = state["run"], state["prompt"]
-        optimizer.load_state_dict(state["optimizer"])
-    loop = train(
-        model, prompt, optimizer, schedule, batches(examples, ids, seed, config.batch),
-        lambda final, prompt: evaluate(final, prompt, tokenizer, task, dev, config)[0],
-        run, config.steps, config.eval_every, scores, not task.labels, config.accumulate)
-    for run in tqdm(loop, total=config.steps, initial=run["step"], file=sys.stdout, disable=None):
-        stop = utils.reduce(torch.tensor(len(SIGNALS), device=model.device), "sum").item()
-        if not run["losses"]:  # there was an evaluation
-            tqdm.write("update {step} stage {stage} loss {loss:.4f} {dev}".format(**run["log"][-1]))
-        if (stop or not run["losses"]) and PartialState().is_main_process:
-            write(folder / "log.jsonl", run["log"])  # before the state, that it cannot lack a row
-            state = {"run": run, "prompt": prompt.weight.data, "optimizer": optimizer.state_dict()}
-            torch.save(state, folder / "state.tmp")
-            os.replace(folder / "state.tmp", folder / "state.pt")
-        if stop:
-            raise KeyboardInterrupt
-    final = partial_t5(model, *schedule[-1][:2], scores, not task.labels)
-    found = evaluate(final, SoftPrompt(run["best"][2]), tokenizer, task, validation, config)
-    return {"schedule": name, "seed": seed, **run}, *found
-
-
-def conclude(run, scores, texts, task: Task, validation, config, folder: Path) -> dict:
-    """Print and keep what `tune` returned, and say what makes it mean less than it seems to."""
-    dev, best_step, best = run.pop("best")
-    common = statistics.mode(answers[0] for _, answers in validation)
-    usual = main_score(METRICS[task.metric]([common] * len(texts), validation, task.labels))
-    print(f"validation {scores}, with the prompt of update {best_step}; always the most frequent "
-          f"answer: {usual:.2f}. Training FLOPs: {run['flops'] / run['pt_flops']:.3f} of pt")
-    if len(set(texts)) == 1 and main_score(scores) <= usual < 100:
-        print("warning: every prediction is the same text; nothing has been learned")
-    run |= {"dev": dev, "best_step": best_step, "validation": scores}
-    if PartialState().is_main_process:
-        save_prompt(folder / "prompt", best, config.model)
-        write(folder / "predictions.jsonl", ((*row, text) for row, text in zip(validation, texts)))
-        write(folder / "results.json", [run])
-        (folder / "state.pt").unlink()
-    return run
-
-
-def compare(runs: list[dict]):
-    """A row for each run, a pandas DataFrame: scores, and costs beside those of `pt`, in percent.
-
-    dev, validation: scores of the chosen prompt. flops, seconds: of training, over those of the
-    `pt` of its seed. pt, same flops: what that `pt` has where this run's FLOPs end, or at the
-    evaluation just behind; gain: dev less that, the paper's column "Improve". full alone: what `pt`
-    has after as many updates as this run makes on the full model. to 99 %: FLOPs until the best dev
-    score is 99 % of what `pt` ends with, over those of `pt`. NaN where there is no such thing.
+    dev, validation: scores of the chosen prompt. flops, seconds: of training, in percent
+    of the `pt` run with the same seed. pt, same flops: the dev score of that run when it
+    had spent as many FLOPs, or at the evaluation just after. gain: dev less that, the
+    paper's "Improve". to 99 %: FLOPs until the best dev score is 99 % of the one that
+    `pt` ends with, in percent of what `pt` needs. NaN where there is no such thing.
     """
     import pandas
 
-    def at(run, wanted, key, least):  # the first evaluation at which `key` is that much
-        return next((row[wanted] for row in run["log"] if row[key] >= least), math.nan)
-
-    rows, plain = [], {run["seed"]: run for run in runs if run["schedule"] == "pt"}
+    pt_runs = {run["seed"]: run for run in runs if run["schedule"] == "pt"}
+    rows = []
     for run in runs:
-        rows.append({key: main_score(run[key]) for key in ("dev", "validation")})
-        if run["seed"] in plain:
-            pt, row = plain[run["seed"]], rows[-1]
-            row |= {key: 100 * run[key] / pt[key] for key in ("flops", "seconds")}
-            row["pt, same flops"] = at(pt, "best", "flops", run["flops"])
+        row = {"dev": run["best_dev"], "validation": run["validation"]}
+        pt = pt_runs.get(run["seed"])
+        if pt:
+            log, pt_log = pandas.DataFrame(run["log"]), pandas.DataFrame(pt["log"])
+            row["flops"] = 100 * run["flops"] / pt["flops"]
+            row["seconds"] = 100 * run["seconds"] / pt["seconds"]
+            # At the first such evaluation: the mean of one number, or NaN of none.
+            row["pt, same flops"] = pt_log.best[pt_log.flops >= run["flops"]][:1].mean()
             row["gain"] = row["dev"] - row["pt, same flops"]
-            row["full alone"] = at(pt, "best", "step", run["full_steps"] or math.inf)
-            own, its = (at(one, "flops", "best", 0.99 * pt["log"][-1]["best"]) for one in (run, pt))
-            row["to 99 %"] = 100 * own / its
+            goal = 0.99 * pt["best_dev"]
+            spent = log.flops[log.best >= goal][:1].mean()
+            row["to 99 %"] = 100 * spent / pt_log.flops[pt_log.best >= goal][:1].mean()
+        rows.append(row)
     return pandas.DataFrame(rows, index=[run["schedule"] for run in runs])
 
 
-def table(runs: list[dict]) -> str:
-    """`compare` as text: mean ± standard deviation over seeds, NaN if it is that for one of them;
-    from three seeds on the 95 % interval of the gain (Student's t).
+def table(runs):
+    """`compare` as text: mean ± standard deviation over seeds.
+
+    And, from three seeds on, the 95 % interval of the mean gain (Student's t).
     """
     from scipy import stats
 
-    groups = compare(runs).groupby(level=0, sort=False)
-    cells = groups.agg(lambda row: f"{row.mean(skipna=False):.1f} ± {row.std(skipna=False):.1f}")
-    for name, gain in groups["gain"] if "gain" in cells else ():
-        if len(gain) > 2 and gain.notna().all() and name != "pt":
-            bounds = stats.t.interval(0.95, len(gain) - 1, gain.mean(), stats.sem(gain))
-            cells.loc[name, "gain"] += " [{:.1f}, {:.1f}]".format(*bounds)
-    return cells.to_string().replace(" ± nan", "      ")
+    frame = compare(runs)
+    groups = frame.groupby(level=0, sort=False)
+    cells = groups.mean().map("{:.1f}".format) + groups.std().map(" ± {:.1f}".format)
+    if "gain" in frame and groups.size().min() > 2:
+        half = stats.t.ppf(0.975, groups.size() - 1) * groups.gain.sem()
+        cells["95 % of gain"] = half.map("± {:.1f}".format)
+    return cells.to_string().replace(" ± nan", "")
 
 
-def figure(runs: list[dict]):
-    """Best dev score so far against training FLOPs, means over seeds, as a matplotlib Figure."""
+def figure(runs):
+    """A matplotlib Figure: best dev score so far over training FLOPs, seeds averaged."""
+    import pandas
     from matplotlib.figure import Figure
 
     plot = Figure(layout="constrained")
-    axes = plot.subplots(subplot_kw={"xlabel": "training FLOPs", "ylabel": "best dev score so far"})
-    names = dict.fromkeys(run["schedule"] for run in runs)
-    for name, style in zip(names, itertools.cycle(("--", "-", "-.", ":"))):  # told apart in grey
-        curves = [[(row["flops"], row["best"]) for row in run["log"]]
-                  for run in runs if run["schedule"] == name]  # [seeds, evaluations, 2]
-        axes.plot(*torch.tensor(curves).double().mean(0).T, style, color="black", label=name)
-    axes.legend(loc="lower right", title="means over seeds")
+    axes = plot.subplots()
+    styles = itertools.cycle(["--", "-", "-.", ":"])  # told apart in grey
+    for name in dict.fromkeys(run["schedule"] for run in runs):
+        logs = [pandas.DataFrame(run["log"]) for run in runs if run["schedule"] == name]
+        mean = pandas.concat(logs).groupby("step").mean()
+        axes.plot(mean.flops, mean.best, next(styles), color="black", label=name)
+    axes.set(xlabel="training FLOPs", ylabel="best dev score so far, mean over seeds")
+    axes.legend(loc="lower right")
     return plot
 
 
-# ====== main ======================================================================================
+# ====== 9 Command line ================================================================
+
+RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # their number
+MICRO = Path(__file__).resolve().parent / "micro"  # a small model and a task for it
+SETTINGS = {  # the flags and their defaults, which are the paper's
+    "model": str(MICRO / "model"),
+    "task": str(MICRO / "entailment"),
+    "schedule": ["cr"],
+    "seed": [0],
+    "steps": 30_000,
+    "batch": 32,
+    "prompt_length": 20,
+    "init": "uniform",
+    "lr": 0.3,
+    "eval_every": 500,
+    "dev": 500,
+    "limit": 0,
+    "max_source": 492,
+    "precision": "fp32",
+    "accumulate": 1,
+    "device": "auto",
+    "threads": 0,
+    "out": "",
+    "resume": "",
+}
+# What `python fpt.py` alone does, in two minutes. Flags that are given win.
+MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 40}
+MICRO_RUN |= {"dev": 250, "threads": 1}
 
 
-def ask_hub() -> None:
-    """Wait 5 s for a sign of life of the hub; without one, use the local cache alone.
+def parse_args(argv=None):
+    """Fast Prompt Tuning of a T5, with the paper's settings if no others are given.
 
-    The libraries retry for 24 to 48 s a file, even for files they have. They read HF_HUB_OFFLINE
-    when they are imported, so this comes first.
+    --model      hub id or folder of a T5, mT5 or ByT5; without it a micro T5
+    --task       name in TASKS, or a folder with a task of your own; likewise
+    --schedule   pt, ld, fr, cr (the default), or stages like 0.5x0.5:0.4,1x1:0.6
+    --seed       of the initial prompt and the data order (0)
+    --steps      updates (30000)
+    --batch      examples in an update (32)
+    --prompt-length  vectors of the soft prompt (20)
+    --init       uniform (the default), vocab, or the folder of a saved prompt
+    --lr         learning rate, constant (0.3)
+    --eval-every updates between evaluations (500)
+    --dev        train examples that choose the prompt, a fifth at most (500)
+    --limit      validation examples to report on (all)
+    --max-source source tokens that are kept (492)
+    --precision  fp32 (the default) or bf16
+    --accumulate parts that a batch is cut into, to save memory (1)
+    --device     cpu, cuda, cuda:1, mps (the first there is of them)
+    --threads    of the CPU (torch's choice)
+    --out        new folder for the results (runs/ and date and time)
+    --resume     folder of a stopped command: go on from there, with its settings
+
+    Of --schedule and --seed several may be given: they run in turn and are compared.
     """
+    parser = argparse.ArgumentParser(
+        "fpt.py",
+        description=parse_args.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = lambda text: parser.exit(2, f"fpt.py: error: {text}; see --help\n")
+    for name, default in SETTINGS.items():
+        how = {"type": type(default), "help": argparse.SUPPRESS}
+        if isinstance(default, list):
+            how |= {"type": type(default[0]), "nargs": "+"}
+        parser.add_argument("--" + name.replace("_", "-"), **how)
+    given = vars(parser.parse_args(argv))
+    settings = SETTINGS | given
+    if settings["resume"]:
+        saved = Path(settings["resume"], "settings.json")
+        if not saved.exists():
+            parser.error(f"--resume: there is no {saved}")
+        settings |= json.loads(saved.read_text("utf-8"))
+    elif Path(settings["task"]).resolve() == MICRO / "entailment":
+        settings |= MICRO_RUN
+    settings = argparse.Namespace(**settings | given)
+    if settings.precision not in ("fp32", "bf16"):
+        parser.error("--precision is fp32 or bf16; in fp16 T5's activations overflow")
+    return settings
+
+
+def load_model(name, device, precision):
+    """A T5, frozen and without dropout as in the paper, and its tokenizer.
+
+    Raises ValueError for a model of another kind and for files that do not fit together,
+    and what transformers raises.
+    """
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # it asks a bot online
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # its advice on untied heads is wrong
+    config = transformers.AutoConfig.from_pretrained(name, dropout_rate=0.0)
+    if config.model_type not in T5_KINDS:
+        raise ValueError(f"{name} is of type {config.model_type}: no T5 or mT5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    how = {"config": config, "output_loading_info": True}
+    how["dtype"] = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, **how)
+    # transformers draws absent weights at random and makes up an absent tokenizer.
+    if info["missing_keys"]:
+        raise ValueError(f"{name} has no {min(info['missing_keys'])}")
+    if not config.vocab_size / 2 < len(tokenizer) <= config.vocab_size:
+        raise ValueError(f"the tokenizer of {name} is absent, or another model's")
+    if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
+        raise ValueError(f"the head of {name} was overwritten by its embeddings")
+    # Greedy decoding, whatever the model's own file says.
+    names = ["decoder_start_token_id", "eos_token_id", "pad_token_id"]
+    ids = {name: getattr(config, name) for name in names}
+    model.generation_config = transformers.GenerationConfig(**ids)
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def gradient_in_parts(model, prompt, batch, parts):
+    """`gradient` in parts, to save memory: each process computes some, one at a time.
+
+    A part counts by its share of the target tokens, so they add up to the whole.
+    """
+    loss = torch.zeros((), device=model.device)
+    grad = torch.zeros_like(prompt.weight)
+    tokens = (batch["labels"] != -100).sum()
+    for i in range(RANK, parts * WORLD, WORLD):
+        part = {name: rows[i :: parts * WORLD] for name, rows in batch.items()}
+        share = (part["labels"] != -100).sum() / tokens
+        part_loss, part_grad = gradient(model, prompt, part)
+        loss += share * part_loss
+        grad += share * part_grad
+    if WORLD > 1:
+        dist.all_reduce(loss)
+        dist.all_reduce(grad)
+    return loss, grad
+
+
+def start_prompt(model, settings, seed):
+    """The initial prompt of a seed, the same for all schedules."""
+    embeddings = model.shared.weight
+    generator = rng(seed, "prompt")
+    return init_prompt(settings.init, settings.prompt_length, embeddings, generator)
+
+
+def prepare(settings):
+    """Load the model and the task of the settings, and make the folder for the results.
+
+    Raises what the libraries raise, and ValueError for what does not go together.
+    """
+    for text in settings.schedule:
+        parse_schedule(text)
+    if WORLD > 1:
+        dist.init_process_group()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = settings.device
+    if device == "auto":
+        device = torch.accelerator.current_accelerator() or "cpu"
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    task = load_task(settings.task, settings.dev, settings.limit)
+    if not WORLD * settings.accumulate <= settings.batch <= len(task.train):
+        raise ValueError("--batch: at least processes x parts, at most train examples")
+    model, tokenizer = load_model(settings.model, device, settings.precision)
+    encode(task, tokenizer, settings.max_source)
+    start_prompt(model, settings, 0)  # fails here if it cannot be had
+    folder = settings.resume or settings.out or time.strftime("runs/%Y-%m-%d_%H%M%S")
+    folder = Path(folder)
+    if RANK == 0 and not settings.resume:
+        folder.mkdir(parents=True)  # fails if it is there: nothing is overwritten
+        write_lines(folder / "settings.json", [vars(settings)])
+    return model, task, folder
+
+
+def tune(model, task, settings, name, seed, folder):
+    """Train a prompt by one schedule with one seed, or go on from the state in `folder`.
+
+    Returns the finished Run, and the model on which its prompt is to be used. The state
+    is saved at each evaluation.
+    """
+    schedule = parse_schedule(name)
+    draw = functools.partial(batches, task.train, settings.batch, model.device)
+    start = start_prompt(model, settings, seed)
+    run = Run()
+    scores = None
+    if any(stage.width < 1 for stage in schedule):
+        # From pools of one batch, so not sorted by length: all lengths are met.
+        drawn = draw(f"scores {seed}", pool=1)
+        scored = list(itertools.islice(drawn, math.ceil(64 / settings.batch)))
+        scores = neuron_scores(model, start, scored)
+        for batch in scored:
+            run.flops += step_flops(model, *padded_shape(start, batch), backward=False)
+    prompt = SoftPrompt(start).to(model.device)
+    optimizer = adafactor(prompt, settings.lr)
+    state = folder / "state.pt"
+    if state.exists():
+        saved = torch.load(state, model.device, weights_only=True)
+        run = Run(**saved["run"])
+        prompt.load_state_dict(saved["prompt"])
+        optimizer.load_state_dict(saved["optimizer"])
+    loop = train(
+        model,
+        prompt,
+        optimizer,
+        schedule,
+        draw(seed, first=run.step + 1),
+        lambda final, prompt: main_score(evaluate(final, prompt, task, task.dev)[0]),
+        steps=settings.steps,
+        eval_every=settings.eval_every,
+        run=run,
+        scores=scores,
+        decoder=not task.labels,
+        gradient=functools.partial(gradient_in_parts, parts=settings.accumulate),
+    )
+    for run in tqdm(loop, total=settings.steps, initial=run.step, file=sys.stdout):
+        if not run.losses and RANK == 0:  # there was an evaluation
+            write_lines(folder / "log.jsonl", run.log)
+            saved = {"prompt": prompt.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save({"run": vars(run), **saved}, folder / "draft")
+            os.replace(folder / "draft", state)
+    last = schedule[-1]
+    return run, partial_t5(model, last.depth, last.width, scores, not task.labels)
+
+
+def conclude(run, final, task, folder, **about):
+    """Score the prompt on validation, write it and the results, and return those."""
+    scores, texts = evaluate(final, SoftPrompt(run.best_prompt), task, task.validation)
+    print(f"validation {scores}; FLOPs over pt's: {run.flops / run.pt_flops:.3f}")
+    results = {**about, **vars(run), "validation": main_score(scores), "scores": scores}
+    prompt = results.pop("best_prompt")
+    if RANK == 0:
+        save_prompt(folder / "prompt", prompt, final.name_or_path)
+        rows = []
+        for row, text in zip(task.validation, texts, strict=True):
+            rows.append([row.source, row.answers, text])
+        write_lines(folder / "predictions.jsonl", rows)
+        write_lines(folder / "results.json", [results])
+        (folder / "state.pt").unlink()
+    return results
+
+
+def main(argv=None):
+    """Run every schedule with every seed on one loaded model, and return their results."""
+    settings = parse_args(argv)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
-    except OSError as error:
-        if not hasattr(error, "code"):  # an error page is an answer too
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            print("The hub does not answer: HF_HUB_OFFLINE=1 from here on, cache and folders only")
-
-
-def open_folder(config, model, data) -> Path:
-    """The folder of this command, with its settings. ValueError if --resume is of another; OSError
-    if a new one is there already: nothing is overwritten.
-    """
-    weights = [row.flatten()[::row.numel() // 64 + 1].tolist() for row in model.parameters()]
-    settings = {**vars(config), "model or data": zlib.crc32(repr((weights, data)).encode()),
-                "versions": [torch.__version__, sys.modules["transformers"].__version__]}
-    if config.resume:
-        saved = json.loads(Path(config.resume, "settings.json").read_text("utf-8"))
-        other = [key for key in saved.keys() - FREE if settings[key] != saved[key]]
-        if other:
-            raise ValueError(f"--resume: {config.resume} was begun with another {', '.join(other)}")
-        return Path(config.resume)
-    out = Path(config.out.replace("TIME", time.strftime("%Y-%m-%d_%H%M%S")))
-    if PartialState().is_main_process:
-        out.mkdir(parents=True)
-        write(out / "settings.json", [settings])
-    return utils.gather_object([out])[0]  # of the first process: clocks differ
-
-
-def prepare(config):
-    """-> model, tokenizer, data, {seed: initial prompt}, folder. What the user can mend is a
-    ValueError, an OSError, or what torch raises for an absent device.
-    """
-    # torchrun starts one process for each GPU, or as many as one likes on a CPU. There, without
-    # cpu=True, accelerate would take each of them for a run of its own. Only the first is heard.
-    state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
-    if not state.is_main_process:
-        sys.stdout = open(os.devnull, "w")
-    # A device that is not there, and a schedule that cannot be read, fail here.
-    device = torch.zeros(1, device=config.device.replace("auto", str(state.device))).device
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    list(map(parse_schedule, config.schedule))
-    if config.task in TASKS or not os.path.isdir(config.model):
-        ask_hub()
-    data = load_data(config.task, config.dev, config.limit)  # before the model: it fails sooner
-    if not 1 <= state.num_processes * config.accumulate <= config.batch <= len(data[1]):
-        raise ValueError("--batch must be at most the train examples, at least processes x parts")
-    model, tokenizer = load_model(config.model, device, config.precision)
-    # The tokens of the label words alone; ValueError if two labels have the same.
-    words = sum((ids[:-1] for ids in label_ids(tokenizer, data[0]._replace(prefix=""))), [])
-    starts = {seed: init_prompt(config.init, config.prompt_length, model.shared.weight,
-                                rng(seed, "prompt"), words) for seed in config.seed}
-    if config.checkpointing:
-        model.activation_checkpointing_enable()
-        model.disable_input_require_grads()  # the embeddings' gradient is nobody's
-        model.train()  # it works in train mode alone; there is no dropout (`load_model`)
-    # Absorption pays in fp32 on a CPU. In bf16 products are cheap, and it costs more than it saves.
-    view = absorbed(model) if (device.type, model.dtype) == ("cpu", torch.float32) else model
-    return view, tokenizer, data, starts, open_folder(config, model, data)
-
-
-def main(argv=None) -> list[dict]:
-    """Run every schedule and seed of the command on one loaded model. -> their results
-
-    What the user can mend is one line on stderr and exit code 2; a signal ends with 130 or 143.
-    """
-    config, runs = parse_args(argv), []
-    try:
-        model, tokenizer, data, starts, out = prepare(config)
-    except (OSError, ValueError, RuntimeError, AssertionError, safetensors.SafetensorError) as why:
-        print(f"fpt.py: error: {' '.join(str(why).split())}", file=sys.stderr)
+        model, task, out = prepare(settings)
+    except Exception as error:
+        print(f"fpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"{config.model} on {model.device}, {config.task}: {len(data[1])} train examples; {out}")
-    remark(*data, tokenizer, config.max_source)
+    print(f"{len(task.train)} train examples, on {model.device}; results in {out}")
+    warn(task, settings.max_source)
+    runs = []
     try:
-        for seed, name in itertools.product(*map(dict.fromkeys, (config.seed, config.schedule))):
-            folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
-            folder.mkdir(exist_ok=True)
+        for seed, name in itertools.product(settings.seed, settings.schedule):
             print(f"\n{name}, seed {seed}")
-            if (folder / "results.json").exists():
-                runs.append(json.loads((folder / "results.json").read_text("utf-8")))
-                (folder / "state.pt").unlink(missing_ok=True)  # a kill may have come before that
-            else:
-                ended = tune(model, tokenizer, data, config, name, seed, starts[seed], folder)
-                runs.append(conclude(*ended, data[0], data[3], config, folder))
+            folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
+            finished = folder / "results.json"
+            if finished.exists():
+                runs.append(json.loads(finished.read_text("utf-8")))
+                continue
+            if RANK == 0:
+                folder.mkdir(exist_ok=True)
+            run, final = tune(model, task, settings, name, seed, folder)
+            runs.append(conclude(run, final, task, folder, schedule=name, seed=seed))
     except KeyboardInterrupt:
-        print(f"fpt.py: stopped. To go on: --resume {out}, and no other flags", file=sys.stderr)
-        raise SystemExit(128 + (SIGNALS or [signal.SIGINT])[0]) from None
-    if len(runs) > 1 and PartialState().is_main_process:
+        print(f"fpt.py: stopped. Go on with: python fpt.py --resume {out}")
+        raise SystemExit(130) from None
+    if len(runs) > 1 and RANK == 0:
+        print(f"\nIn percent, means ± standard deviations over seeds {settings.seed}")
+        print(table(runs))
         figure(runs).savefig(out / "comparison.png", dpi=150)
-        print(f"\nMean ± standard deviation over seeds {config.seed}, in percent\n{table(runs)}\n"
-              f"\nFigure: {out / 'comparison.png'}")
+        print(f"\nFigure: {out / 'comparison.png'}")
     return runs
 
 
-# ====== Extra: a cheaper cross-attention ==========================================================
-
-
-class AbsorbedAttention(nn.Module):
-    """T5's cross-attention without keys and values of the source: cheaper for a few target tokens.
-
-    A score is q . (W_k h), a key for each of T source vectors h in each layer. It is also
-    (W_k' q) . h, a longer query for each of S target tokens. In the same way the values: W_v comes
-    after the weighted mean. The same function, for a long source with about S / d_kv of the FLOPs
-    of the forward pass, and nothing of length T to keep for the backward pass. Where that does not
-    pay: the original attention.
-    Not in the paper; in inference known as weight absorption (DeepSeek-V2).
-    """
-
-    def __init__(self, attention):
-        super().__init__()
-        self.attention = attention  # a T5Attention; its weights are shared
-        # Tokens of the longest target: nearer to d_kv, smaller products eat up the gain in FLOPs.
-        self.longest = attention.key_value_proj_dim // 2
-
-    def forward(self, hidden_states, mask=None, key_value_states=None, **how):
-        """hidden_states [B, S, d], key_value_states [B, P+T, d] -> ([B, S, d], bias, None)."""
-        own, target = self.attention, hidden_states.shape[1]
-        if how.get("cache") is not None or target > self.longest:  # `generate` caches its keys
-            return own(hidden_states, mask=mask, key_value_states=key_value_states, **how)
-        heads = own.n_heads, own.key_value_proj_dim
-        keys, values = own.k.weight.view(*heads, -1), own.v.weight.view(*heads, -1)  # [H, d_kv, d]
-        query = own.q(hidden_states).unflatten(2, heads)  # [B, S, H, d_kv]
-        query = torch.einsum("bshk,hkd->bshd", query, keys).flatten(1, 2)  # [B, S*H, d]
-        padding = None if mask is None else mask[:, 0, :1]  # [B, 1, P+T], alike for all queries
-        mean = nn.functional.scaled_dot_product_attention(
-            query, key_value_states, key_value_states, padding, scale=1.0)  # [B, S*H, d]
-        mean = torch.einsum("bshd,hkd->bshk", mean.unflatten(1, (target, -1)), values)
-        return own.o(mean.flatten(2)), how.get("position_bias"), None  # of [B, S, H*d_kv]
-
-
-def absorbed(model):
-    """A view of a T5 whose cross-attention makes no keys and values where targets are short."""
-    for i, block in enumerate(model.decoder.block):
-        cross = AbsorbedAttention(block.layer[1].EncDecAttention)
-        model = replaced(model, f"decoder.block.{i}.layer.1.EncDecAttention", cross)
-    return model
-
-
 if __name__ == "__main__":
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, note)
     main()
