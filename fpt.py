@@ -1,6 +1,6 @@
 """FPT, Fast Prompt Tuning by progressive training, in one file.
 
-    python fpt.py                             # offline, two minutes: pt and cr on a micro T5
+    python fpt.py                             # offline, 2 minutes: pt, cr on a micro T5
     python fpt.py --model t5-base --task rte  # FPT with the paper's settings, for a GPU
     python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # compared
     python fpt.py --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000  # your own
@@ -23,9 +23,9 @@ is carried through every growth.
 
 A schedule is worth its trouble if its *gain* is above zero: its dev score less the one
 that PT had when it had spent the same FLOPs. To end near PT for fewer FLOPs proves
-nothing, since PT stopped early may be as near. tutorial.md has what was measured, and
-when FPT fails. (t5-base saw RTE in its own pre-training: its score shows that a run
-works, not what a prompt can learn.)
+nothing, since PT stopped early may be as near. tutorial.md tells what was measured, and
+when FPT fails. (t5-base saw RTE in its own pre-training: its score there shows that a
+run works, not what a prompt can learn.)
 
 To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
 modules, and know nothing of tasks, settings or processes. Sections 6 to 9 are the
@@ -34,7 +34,7 @@ program around them. Where a line differs on purpose from the authors' code
 
 Glossary
     B, P, T, S  examples in a batch; prompt vectors; source and target tokens, padded
-    d, d_ff, V  size of an embedding (d_model); neurons of an FFN; size of the vocabulary
+    d, d_ff, V  size of an embedding (d_model); neurons of an FFN; tokens there are
     FFN         a layer's feed-forward network; neuron j is row j of wi, column j of wo
     depth       share of the layers that a partial model keeps
     width       share of the d_ff neurons that each of these layers keeps
@@ -45,11 +45,11 @@ Glossary
 import argparse
 import copy
 import functools
+import io
 import itertools
 import json
 import math
 import os
-import re
 import sys
 import time
 import zlib
@@ -69,20 +69,20 @@ from transformers.optimization import Adafactor
 T5_KINDS = ("t5", "mt5")  # all versions of T5, Flan, mT5, ByT5
 
 
-def round_half_up(number: float) -> int:
-    """The nearest whole number: 15 for 14.5, and for 0.29 * 50, which is a hair less."""
+def round_half_up(number) -> int:
+    """The nearest integer: 15 for 14.5, and for 0.29 * 50, a hair less in floats."""
     return math.floor(number + 0.5 + 1e-6)
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """Indices of the layers that layer dropping keeps: kept_layers(12, 3) is [0, 5, 11].
+    """Indices of the layers that layer dropping keeps: of 12 to 3 they are [0, 5, 11].
 
     They are spread evenly. Layer 0 always stays: it alone owns T5's relative position
-    bias and hands it on to the others. A T5 without it raises no error and knows no word
-    order. From two layers on the last one stays, too.
+    bias, which it hands on to the others. A T5 without it raises no error, but it no
+    longer knows the order of words. From two layers on, the last one stays as well.
 
     Raises ValueError unless 1 <= keep <= total.
-    Official: the same rule, but a division by zero for keep=1.
+    Official: the same rule, with a division by zero for keep=1.
     """
     if not 1 <= keep <= total:
         raise ValueError(f"cannot keep {keep} of {total} layers")
@@ -99,18 +99,18 @@ def kept_layers(total: int, keep: int) -> list[int]:
 def neuron_scores(model, prompt, batches):
     """Mean absolute activation of every FFN neuron, by which FFN reduction ranks them.
 
-    The activation is what enters `wo`: relu(wi x), or gelu(wi_0 x) * wi_1 x in gated T5s.
-    It is averaged over the unmasked positions of an example, the prompt's among them, and
-    then over examples, so that a long example counts no more than a short one.
+    The activation is what enters `wo`: relu(wi x), or gelu(wi_0 x) * wi_1 x in gated
+    T5s. It is averaged over an example's unmasked positions, the prompt's among them,
+    and then over examples, so that a long one counts no more than a short one.
 
     Args:
         model: the full T5ForConditionalGeneration, in eval mode.
         prompt: [P, d]. The paper uses the initial one.
         batches: dicts of input_ids [B, T], attention_mask [B, T] and labels [B, S], on
-            the model's device; labels are -100 where they are padded.
+            the model's device. Labels are -100 where they are padded.
     Returns:
-        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one for each layer, on the CPU.
-    Official: uses examples of the *validation* split. Take train examples.
+        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one a layer, on the CPU.
+    Official: takes examples of the *validation* split. Take train examples.
     """
     totals = {"encoder": [], "decoder": []}
     masks = {}  # of the batch at hand
@@ -145,8 +145,8 @@ def neuron_scores(model, prompt, batches):
 def narrow_ffn(ffn, scores, width):
     """Keep a share `width` of the neurons of an FFN, those with the top scores [d_ff].
 
-    They stay in order, so a wider choice contains a narrower one. ValueError if the
-    scores have another length, or if the FFN is not made of plain nn.Linear layers.
+    They stay in order, and a wider choice contains a narrower one. Raises ValueError if
+    the scores have another length, or if a layer of the FFN is no plain nn.Linear.
     """
     if len(scores) != ffn.wo.in_features:
         raise ValueError("these scores belong to a model with another d_ff")
@@ -168,29 +168,29 @@ def narrow_ffn(ffn, scores, width):
 
 
 def partial_t5(model, depth, width, scores=None, decoder=True):
-    """A T5 with a share `depth` of the layers and `width` of the FFN neurons of `model`.
+    """A T5 with a share `depth` of the layers of `model`, and `width` of the neurons.
 
-    Every tensor it keeps is shared with `model`, which stays as it is; only narrowed FFN
-    matrices take new memory. Nothing makes up for what is missing: the residual stream
-    passes a dropped layer by. Loss, cache and `generate` work. Move, cast or save `model`
-    alone.
+    Every tensor it keeps is shared with `model`, which stays as it is; only narrowed
+    FFN matrices take new memory. Nothing makes up for what is missing: a dropped layer
+    just hands on what it is given. Loss, cache and `generate` work as usual. Move, cast
+    or save only `model`.
 
     Args:
         model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
-        depth, width: in (0, 1]; numbers of layers and neurons round half up, at least 1.
+        depth, width: in (0, 1]; numbers of layers and neurons are rounded half up.
         scores: of `neuron_scores` for this model; needed where width < 1.
-        decoder: False leaves it whole, as the paper does where targets are short labels.
+        decoder: False leaves it whole, as the paper does where targets are labels.
     Raises:
         ValueError: a share outside (0, 1], scores missing or of another model, an FFN
-            that `narrow_ffn` refuses, or a model of another kind. (In umt5, for one, each
-            layer has a position bias.)
+            that `narrow_ffn` refuses, or a model of another kind. (umt5 is one: each
+            of its layers has a position bias.)
     """
     if model.config.model_type not in T5_KINDS:
         raise ValueError(f"a model of type {model.config.model_type} is no T5 or mT5")
-    if not (0 < depth <= 1 and 0 < width <= 1):
-        raise ValueError(f"depth {depth} and width {width} have to be in (0, 1]")
-    if width < 1 and scores is None:
-        raise ValueError("width < 1 needs scores")
+    if not (0 < depth <= 1 and 0 < width <= 1) or (width < 1 and scores is None):
+        raise ValueError(
+            f"depth {depth}, width {width}: (0, 1]; width < 1 needs scores"
+        )
     # deepcopy takes what its memo holds for an earlier copy: so all tensors are shared.
     shared = {id(tensor): tensor for tensor in model.parameters()}
     partial = copy.deepcopy(model, memo=shared)
@@ -198,10 +198,11 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         stack = getattr(partial, side)
         total = len(stack.block)
         kept = kept_layers(total, max(1, round_half_up(depth * total)))
-        stack.block = nn.ModuleList(stack.block[i] for i in kept)
         if width < 1:
-            for i, block in zip(kept, stack.block, strict=True):
-                narrow_ffn(block.layer[-1].DenseReluDense, scores[side][i], width)
+            for i in kept:
+                ffn = stack.block[i].layer[-1].DenseReluDense
+                narrow_ffn(ffn, scores[side][i], width)
+        stack.block = nn.ModuleList(stack.block[i] for i in kept)
     return partial
 
 
@@ -228,11 +229,11 @@ PRESETS = {
 
 
 def parse_schedule(text: str) -> list[Stage]:
-    """The stages of a preset, or of a text in its notation, "0.5x0.25:0.3,1x1:0.7".
+    """The stages of a preset, or of a text in its notation: "0.5x0.25:0.3,1x1:0.7".
 
-    A single partial stage, "0.25x1:1", never grows: a row of the paper's Table 1. Raises
-    ValueError if a number cannot be read or is outside (0, 1], or if the shares do not
-    add up to 1.
+    A single partial stage, "0.25x1:1", never grows: a row of the paper's Table 1.
+    Raises ValueError if a number cannot be read or is outside (0, 1], or if the shares
+    do not add up to 1.
     """
     error = ValueError(
         f"schedule {text!r} is none of {', '.join(PRESETS)}, nor stages like "
@@ -257,12 +258,12 @@ def parse_schedule(text: str) -> list[Stage]:
 SCHEDULES = {name: parse_schedule(name) for name in PRESETS}
 
 
-def stage_at(schedule, step: int, steps: int) -> int:
+def stage_at(schedule, step, steps) -> int:
     """Index of the stage in which update `step` of 1 to `steps` is made.
 
-    The model grows behind the last update of a stage: of 30,000, update 6,000 still
-    belongs to the first stage of `cr`.
-    Official: the same, but when resumed in its last stage it runs the smallest model.
+    The model grows after the last update of a stage: of 30,000, update 6,000 is still
+    made in the first stage of `cr`.
+    Official: the same; but resumed in its last stage, it runs the smallest model.
     """
     end = 0.0
     for index, stage in enumerate(schedule):
@@ -276,12 +277,12 @@ def stage_at(schedule, step: int, steps: int) -> int:
 
 
 def step_flops(model, batch, source, target, backward=True) -> int:
-    """FLOPs of the matrix products of one update; a multiplication and an addition are 2.
+    """FLOPs of the matrix products of one update; a multiply-add is two.
 
-    An update costs two forward passes, not the three of ordinary training. Behind a
-    linear layer the backward pass makes one product for the gradient of its input. The
-    second one, for the gradient of its weights, is never made: they are frozen. Only
-    the two products of an attention cost twice, since both inputs depend on the prompt.
+    An update costs two forward passes, not three as in ordinary training. On the way
+    back, a linear layer makes one product for the gradient of its input. The other one,
+    for the gradient of its weights, is never made, since they are frozen. Only the two
+    products of an attention cost twice: both of their inputs depend on the prompt.
 
     Args:
         model: a T5, whole or partial.
@@ -334,7 +335,7 @@ class SoftPrompt(nn.Module):
         self.weight = nn.Parameter(weight.detach().float().clone())  # [P, d]
 
     def forward(self, model, batch) -> tuple[Tensor, Tensor]:
-        """The inputs of a batch behind the prompt: embeddings [B, P+T, d], mask [B, P+T].
+        """A batch behind the prompt: embeddings [B, P+T, d] and their mask [B, P+T].
 
         `batch` holds input_ids and attention_mask, both [B, T].
         """
@@ -347,7 +348,7 @@ class SoftPrompt(nn.Module):
 
 
 def token_losses(model, mask, labels, **source) -> Tensor:
-    """Negative log-likelihood of each target token, [B, S] in fp32; 0 where it is padded.
+    """Negative log-likelihood [B, S] of the target tokens, in fp32; 0 where padded.
 
     labels are [B, S], -100 where padded. source is inputs_embeds=[B, P+T, d], or
     encoder_outputs=..., and mask [B, P+T] belongs to it.
@@ -367,16 +368,16 @@ def init_prompt(how, length, embeddings, generator) -> Tensor:
 
     Args:
         how: "uniform" draws from U(-1/sqrt(d), 1/sqrt(d)), as the paper does. "vocab"
-            takes the embeddings of `length` of the 5,000 most frequent tokens, which come
-            first in T5's vocabulary. Else it is the folder of a saved prompt.
-        generator: on the CPU, for this draw alone, so that all schedules start alike.
-    Raises ValueError if there are fewer tokens, or if the saved prompt has another shape.
+            takes the embeddings of `length` of the 5,000 most frequent tokens, which T5
+            lists first. Anything else is the folder of a saved prompt.
+        generator: of the CPU, for this draw alone, so that all schedules start alike.
+    Raises ValueError if there are fewer tokens, or the saved prompt has another shape.
     Official: other draws from the same generator come first, so starts differ.
     """
     width = embeddings.shape[1]
     if how == "uniform":
-        prompt = torch.empty(length, width)
-        return prompt.uniform_(-(width**-0.5), width**-0.5, generator=generator)
+        bound = width**-0.5
+        return torch.empty(length, width).uniform_(-bound, bound, generator=generator)
     if how == "vocab":
         frequent = min(5000, len(embeddings)) - 3  # without <pad>, </s> and <unk>
         if length > frequent:
@@ -395,8 +396,8 @@ def save_prompt(folder, prompt, model_name):
     """Write a prompt [P, d] as PEFT does; `peft.PeftModel.from_pretrained` loads it."""
     config = {
         "peft_type": "PROMPT_TUNING",
-        "task_type": "SEQ_2_SEQ_LM",  # without it PEFT loads the prompt, but ignores it
-        "num_transformer_submodules": 1,  # its default, 2, asks for P further, unused rows
+        "task_type": "SEQ_2_SEQ_LM",  # without it, PEFT ignores the prompt it loads
+        "num_transformer_submodules": 1,  # PEFT's default, 2, asks for P unused rows
         "num_virtual_tokens": len(prompt),
         "base_model_name_or_path": model_name,
     }
@@ -408,7 +409,7 @@ def save_prompt(folder, prompt, model_name):
 
 
 def load_prompt(folder) -> Tensor:
-    """The prompt [P, d] in a folder of ours or of PEFT's prompt tuning: fp32, on the CPU.
+    """The prompt [P, d], fp32 on the CPU, in a folder of ours or of PEFT's own.
 
     Raises OSError or ValueError if there is none, or one that is not finite.
     """
@@ -424,19 +425,26 @@ def load_prompt(folder) -> Tensor:
 
 
 def adafactor(prompt, lr):
-    """The paper's optimiser: it divides each gradient by the size of those before it.
+    """The paper's optimiser: it divides a gradient by the usual size of earlier ones.
 
-    So a step has a root mean square of about `lr`, whatever the size of the loss.
-    torch.optim.Adafactor will not do: it scales by the prompt's size and decays the rate.
+    So a step has a root mean square of about `lr`, whatever the scale of the loss. What
+    is usual is remembered through a growth: for a while the larger model's gradients
+    are divided by the smaller one's size (at update 6,000, for about a thousand more).
+    torch.optim.Adafactor would not do: it decays the rate and scales by the prompt.
     """
-    fixed = {"scale_parameter": False, "relative_step": False, "weight_decay": 1e-5}
-    return Adafactor([prompt.weight], lr=lr, **fixed)
+    return Adafactor(
+        [prompt.weight],
+        lr=lr,
+        scale_parameter=False,
+        relative_step=False,
+        weight_decay=1e-5,
+    )
 
 
 def gradient(model, prompt, batch) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and its gradient for the prompt, [P, d]: forward and backward.
+    """Forward and backward: the loss of a batch and its gradient for the prompt [P, d].
 
-    The batch is on the model's device, and nothing here waits for that.
+    The batch is on the model's device. Nothing here waits for that device.
     Official: the loss is the mean of the means of micro-batches.
     """
     labels = batch["labels"]  # [B, S]
@@ -498,7 +506,7 @@ def train(
     decoder=True,  # as in `partial_t5`
     gradient=gradient,
 ):
-    """FPT: one prompt, one optimiser, a model that grows. Yields run after each update."""
+    """FPT: one prompt, one optimiser, a model that grows. Yields `run` every update."""
     final = partial_t5(model, schedule[-1].depth, schedule[-1].width, scores, decoder)
     pt_cost = functools.cache(functools.partial(step_flops, model))
     stage = None
@@ -513,7 +521,7 @@ def train(
             cost = functools.cache(functools.partial(step_flops, partial))
         # 2. Batch: the same one for every schedule, so that scores can be compared.
         batch = next(batches)
-        # 3. Forward through the frozen partial model, and back through it to the prompt.
+        # 3. Forward through the frozen partial model, and back to the prompt.
         loss, prompt.weight.grad = gradient(partial, prompt, batch)
         # 4. Update, with the paper's clipping.
         nn.utils.clip_grad_norm_([prompt.weight], 1.0)
@@ -521,13 +529,13 @@ def train(
         # 5. Ledger. The FLOPs of one shape are counted once.
         run.step = step
         run.losses.append(loss)
-        run.flops += cost(*padded_shape(prompt.weight, batch))
-        run.pt_flops += pt_cost(*padded_shape(prompt.weight, batch))
+        shape = padded_shape(prompt.weight, batch)
+        run.flops += cost(*shape)
+        run.pt_flops += pt_cost(*shape)
         # 6. Evaluation, of the final model. Official: of the one that is being trained.
         if step % eval_every == 0 or step == steps:
-            loss = (
-                torch.stack(run.losses).double().mean().item()
-            )  # waits for the device
+            losses = torch.stack(run.losses).tolist()  # waits for the device
+            loss = sum(losses) / len(losses)
             run.seconds += time.perf_counter() - start
             run.record(stage, prompt.weight, loss, evaluate(final, prompt))
         yield run
@@ -557,15 +565,17 @@ class Task:
     template: str = ""  # of a source, filled with a row of the hub data set
     labels: tuple = ()  # verbalizer: the texts of label 0, 1, ...
     hub: str = ""  # the data set; for GLUE and SuperGLUE the task names the subset
-    metric: str = "accuracy"  # of free text: accuracy (equal texts), squad, rouge_l
+    metric: str = "accuracy"  # one of METRICS
     max_target: int = 64  # tokens of free text that are learned, and generated at most
     prefix: str = "<extra_id_0>"  # of each target, as in T5's pre-training
     train: list = ()
     dev: list = ()  # held out from train by `load_task`; it chooses the prompt
     validation: list = ()  # only reported
     tokenizer: object = None  # by `encode`
+    label_ids: list = ()  # the tokens of each label, by `encode`
 
 
+METRICS = ("accuracy", "f1", "exact_match", "rouge_l")  # see `score`
 GLUE = "nyu-mll/glue"  # full names: datasets 5 refuses the short ones
 SUPER = "aps/super_glue"
 NLI = "hypothesis: {hypothesis} premise: {premise}"
@@ -578,8 +588,8 @@ COPA = "choice1: {choice1} choice2: {choice2} premise: {premise} question: {ques
 TASKS = {
     "mnli": Task(NLI, ("entailment", "neutral", "contradiction"), GLUE),
     "qqp": Task(QUESTIONS, ("not_duplicate", "is_duplicate"), GLUE),
-    "squad2": Task(SQUAD, (), "rajpurkar/squad_v2", "squad"),
-    "record": Task(RECORD, (), SUPER, "squad"),
+    "squad2": Task(SQUAD, (), "rajpurkar/squad_v2", "exact_match"),
+    "record": Task(RECORD, (), SUPER, "exact_match"),
     "xsum": Task("{document}", (), "EdinburghNLP/xsum", "rouge_l", 128),
     # The paper's tasks end here. t5-base and the other models of T5 v1.0 saw these, and
     # most of those above, in their own pre-training: scores of theirs show that a run
@@ -598,7 +608,7 @@ def load_task(name, dev, limit=0):
     """The task of this name, from the table or a folder, with its examples.
 
     `dev` of them, a fifth at most, are held out from train: by their sources, and the
-    same every time. With limit > 0 as many validation examples are kept, drawn at random
+    same every time. With limit > 0 as many validation examples are kept, at random,
     since files may be sorted. Raises ValueError for a folder that cannot be used, and
     what the `datasets` library raises.
     Official: chooses prompts and neurons on the split that it reports.
@@ -648,7 +658,7 @@ def hub_examples(task, row):
     elif "entities" in row:  # ReCoRD
         answers = list(dict.fromkeys(row["answers"]))
         # The passage ends in bullet points. Those without a full stop get one.
-        passage = re.sub(r"(?<![.?!\"'])(?=\n@highlight|\Z)", ".", row["passage"])
+        passage = regex.sub(r"(?<![.?!\"'])(?=\n@highlight|\Z)", ".", row["passage"])
         passage = passage.replace("\n@highlight\n", " ")
         row = {**row, "entities": ", ".join(row["entities"]), "passage": passage}
     else:  # SQuAD 2.0
@@ -661,55 +671,47 @@ def hub_examples(task, row):
 def load_folder(folder):
     """A task of your own: task.json, train.jsonl and validation.jsonl in a folder.
 
-    task.json holds an object that may set labels, metric, max_target and prefix (none by
-    default). Raises ValueError, with file and line, for what cannot be used.
+    task.json holds an object that may set labels, metric, max_target and prefix (none
+    by default). A line of the others is {"source": text, "target": text}. Without
+    labels a target may be a list: its first text is learned, and any is right. Raises
+    ValueError, with file and line, for what cannot be used.
     """
-    path = folder / "task.json"
+    place = folder / "task.json"
+    examples = {"train": [], "validation": []}
     try:
-        task = Task(**{"prefix": "", **json.loads(path.read_text("utf-8-sig"))})
-        if task.metric not in ("accuracy", "squad", "rouge_l"):
-            raise ValueError("metric is accuracy, squad or rouge_l")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    task.train = read_examples(folder / "train.jsonl", task.labels)
-    task.validation = read_examples(folder / "validation.jsonl", task.labels)
-    return task
-
-
-def read_examples(path, labels):
-    """The examples of a file of lines {"source": text, "target": text or list of texts}.
-
-    Of a list, which only free text may have, the first is learned, and any is right.
-    """
-    examples = []
-    for number, line in enumerate(path.read_bytes().strip().split(b"\n"), 1):
-        try:
-            row = json.loads(line)
-            target = row["target"]
-            answers = target if isinstance(target, list) else [target]
-            if not answers or not all(x.strip() for x in [row["source"], *answers]):
-                raise ValueError("source or target is empty")
-            if labels and target not in labels:
-                raise ValueError(f"target {target!r} is not one of {labels}")
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}; a line is one JSON object"
-            raise ValueError(f"{path}, line {number}, {line[:80]}: {problem}") from None
-        examples.append(Example(row["source"], answers))
-    return examples
+        task = Task(**{"prefix": "", **json.loads(place.read_text("utf-8-sig"))})
+        if task.metric not in METRICS:
+            raise ValueError(f"metric is one of {METRICS}")
+        for name, rows in examples.items():
+            lines = Path(folder, f"{name}.jsonl").read_bytes().strip().split(b"\n")
+            for number, line in enumerate(lines, 1):
+                place = f"{folder}/{name}.jsonl, line {number}, {line[:80]}"
+                row = json.loads(line)
+                target = row["target"]
+                answers = target if isinstance(target, list) else [target]
+                if not answers or not all(x.strip() for x in [row["source"], *answers]):
+                    raise ValueError("source or target is empty")
+                if task.labels and target not in task.labels:
+                    raise ValueError(f"target {target!r} is not one of {task.labels}")
+                rows.append(Example(row["source"], answers))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
+    return replace(task, **examples)
 
 
 def encode(task, tokenizer, max_source):
     """Give all examples their tokens, at most max_source and task.max_target of them.
 
-    Labels are not cut, or two of them might become one. Raises ValueError if two are
-    the same for this tokenizer anyway.
+    Says how many are cut, or have tokens that the model does not know. Labels are not
+    cut, or two might become one. Raises ValueError if two are the same tokens anyway.
     """
-    labels = [str(tokenizer(task.prefix + label).input_ids) for label in task.labels]
-    if len(set(labels)) < len(labels):
+    labels = [tokenizer(task.prefix + label).input_ids for label in task.labels]
+    if len(set(map(str, labels))) < len(labels):
         raise ValueError(f"two of {task.labels} are the same tokens: reword them")
-    task.tokenizer = tokenizer
-    rows = [*task.train, *task.dev, *task.validation]
+    task.tokenizer, task.label_ids = tokenizer, labels
     longest = 512 if labels else task.max_target
+    cut = unknown = 0
+    rows = [*task.train, *task.dev, *task.validation]
     for start in range(0, len(rows), 1000):  # all at once would take much memory
         part = rows[start : start + 1000]
         sources = [row.source for row in part]
@@ -717,8 +719,15 @@ def encode(task, tokenizer, max_source):
         sources = tokenizer(sources, truncation=True, max_length=max_source)
         targets = tokenizer(targets, truncation=True, max_length=longest)
         for i, row in enumerate(part):
-            row.source_ids = torch.tensor(sources.input_ids[i]).int()
-            row.target_ids = torch.tensor(targets.input_ids[i]).int()
+            source, target = sources.input_ids[i], targets.input_ids[i]
+            cut += len(source) == max_source or len(target) == longest
+            unknown += tokenizer.unk_token_id in source + target
+            row.source_ids = torch.tensor(source).int()
+            row.target_ids = torch.tensor(target).int()
+    if cut:
+        print(f"warning: {cut} of {len(rows)} examples fill --max-source or max_target")
+    if unknown:
+        print(f"warning: {unknown} of {len(rows)} examples have unknown tokens")
 
 
 def collate(rows, device):
@@ -726,8 +735,9 @@ def collate(rows, device):
 
     Official: every source is padded to 492 tokens.
     """
-    how = {"batch_first": True, "padding_value": -100}
-    pad = functools.partial(nn.utils.rnn.pad_sequence, **how)
+    pad = functools.partial(
+        nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-100
+    )
     sources = pad([row.source_ids for row in rows]).long().to(device)  # [B, T]
     labels = pad([row.target_ids for row in rows]).long().to(device)  # [B, S]
     mask = (sources >= 0).long()
@@ -762,19 +772,8 @@ def batches(examples, size, device, seed, first=1, pool=200):
             yield collate(rows, device)
 
 
-def warn(task, max_source):
-    """Say before the first update what would make scores mean less than they seem to."""
-    rows = [*task.train, *task.dev, *task.validation]
-    unk = task.tokenizer.unk_token_id
-    cut = unknown = 0
-    for row in rows[:: len(rows) // 5000 + 1]:
-        too_long = not task.labels and len(row.target_ids) == task.max_target
-        cut += too_long or len(row.source_ids) == max_source
-        unknown += unk in row.source_ids or unk in row.target_ids
-    if cut:
-        print(f"warning: {cut} examples fill --max-source or max_target, or are cut")
-    if unknown:
-        print(f"warning: {unknown} examples have tokens that the model does not know")
+def warn(task):
+    """Say before the first update what makes scores mean less than they seem to."""
     learned = {row.source for row in [*task.train, *task.dev]}
     known = sum(row.source in learned for row in task.validation)
     if known:
@@ -789,48 +788,50 @@ def warn(task, max_source):
 EVALUATION_BATCH = 128  # examples: more than in an update, for lack of a backward pass
 
 
-def main_score(scores):
-    """The first of some scores: the one that chooses the prompt, and is compared."""
-    return next(iter(scores.values()))
+def score(task, predictions, examples) -> float:
+    """The score of some predicted texts by task.metric, in percent.
 
-
-def score(task, predictions, examples):
-    """Scores in percent, of the best answer to each example. The first one counts.
-
-    Official: SQuAD's EM compares raw texts, its F1 is that of answerability, and ROUGE-L
-    is the summary-level kind.
+    accuracy: equal to a right answer. f1: for labels, of the second of two (as in GLUE)
+    or the mean of all; for free text that of SQuAD's script, as is exact_match, both of
+    the best answer. rouge_l: likewise, the F-measure, for words of any script.
+    Official: EM of raw texts, the summary-level ROUGE-L.
     """
     from torchmetrics import functional
 
     answers = [row.answers for row in examples]
     if task.metric == "rouge_l":
-        words = regex.compile(r"[\p{L}\p{M}\p{N}]+").findall  # of any script
-        how = {"normalizer": str.lower, "tokenizer": words, "rouge_keys": "rougeL"}
-        scores = functional.text.rouge_score(predictions, answers, **how)
-        return {"rouge_l": 100 * scores["rougeL_fmeasure"].item()}
-    if task.metric == "squad":
-        none = {"no answer": ""}  # the script of SQuAD 2.0 takes no text for it
-        found, gold = [], []
-        for i, text in enumerate(predictions):
-            right = [none.get(answer, answer) for answer in answers[i]]
-            found.append({"id": i, "prediction_text": none.get(text, text)})
-            gold.append({"id": i, "answers": {"text": right}})
-        scores = functional.text.squad(found, gold)
-        return {name: value.item() for name, value in scores.items()}
-    hits = map(list.__contains__, answers, predictions)
-    scores = {"accuracy": 100 * sum(hits) / len(answers)}
-    if task.labels:  # F1 of the second of two labels, as in GLUE; of more, their mean
+        scores = functional.text.rouge_score(
+            predictions,
+            answers,
+            normalizer=str.lower,
+            tokenizer=regex.compile(r"[\p{L}\p{M}\p{N}]+").findall,
+            rouge_keys="rougeL",
+        )
+        return 100 * scores["rougeL_fmeasure"].item()
+    if task.metric == "accuracy":
+        pairs = zip(predictions, answers, strict=True)
+        return 100 * sum(text in right for text, right in pairs) / len(answers)
+    if task.labels:
         guesses = torch.tensor([task.labels.index(text) for text in predictions])
         gold = torch.tensor([task.labels.index(right[0]) for right in answers])
         kind = "binary" if len(task.labels) == 2 else "multiclass"
-        how = {"num_classes": len(task.labels), "average": "macro"}
-        scores["f1"] = 100 * functional.f1_score(guesses, gold, kind, **how).item()
-    return scores
+        count = len(task.labels)
+        f1 = functional.f1_score(
+            guesses, gold, kind, num_classes=count, average="macro"
+        )
+        return 100 * f1.item()
+    found, gold = [], []
+    none = {"no answer": ""}  # the script of SQuAD 2.0 takes no text for it
+    for i, text in enumerate(predictions):
+        right = [none.get(answer, answer) for answer in answers[i]]
+        found.append({"id": i, "prediction_text": none.get(text, text)})
+        gold.append({"id": i, "answers": {"text": right}})
+    return functional.text.squad(found, gold)[task.metric].item()
 
 
 @torch.no_grad()
 def evaluate(model, prompt, task, examples):
-    """The scores of encoded examples, and the predicted texts.
+    """The score of encoded examples in percent, and the predicted texts.
 
     Labels are predicted by rank classification: the label whose text is likeliest, with
     the log-likelihoods of its tokens added up. Free text is decoded greedily.
@@ -846,8 +847,11 @@ def evaluate(model, prompt, task, examples):
         if task.labels:
             found = likeliest_labels(model, embeds, mask, task)
         else:
-            how = {"attention_mask": mask, "max_new_tokens": task.max_target}
-            ids = model.generate(inputs_embeds=embeds, **how)
+            ids = model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                max_new_tokens=task.max_target,
+            )
             found = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found = [x.strip().removeprefix(task.prefix).strip() for x in found]
         texts |= zip(chosen, found, strict=True)
@@ -864,8 +868,7 @@ def likeliest_labels(model, embeds, mask, task):
     """The label with the smallest loss for each of B sources behind a prompt."""
     source = model.encoder(inputs_embeds=embeds, attention_mask=mask)
     losses = []
-    for label in task.labels:  # one at a time, to save memory
-        ids = task.tokenizer(task.prefix + label).input_ids
+    for ids in task.label_ids:  # one at a time, to save memory
         target = mask.new_tensor(ids).expand(len(mask), -1)  # [B, S]
         loss = token_losses(model, mask, target, encoder_outputs=source)  # [B, S]
         losses.append(loss.sum(1))
@@ -878,19 +881,18 @@ def likeliest_labels(model, embeds, mask, task):
 
 def write_lines(path, rows):
     """JSON, a line for each row. A reader finds the old file whole or the new one."""
-    lines = [json.dumps(row) + "\n" for row in rows]
     draft = path.with_name("draft")
-    draft.write_text("".join(lines), "utf-8")
+    draft.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     os.replace(draft, path)
 
 
 def compare(runs):
     """A pandas DataFrame with a row for each run: scores, and costs beside `pt`'s.
 
-    dev, validation: scores of the chosen prompt. flops, seconds: of training, in percent
-    of the `pt` run with the same seed. pt, same flops: the dev score of that run when it
-    had spent as many FLOPs, or at the evaluation just after. gain: dev less that, the
-    paper's "Improve". to 99 %: FLOPs until the best dev score is 99 % of the one that
+    dev, validation: scores of the chosen prompt. flops, seconds: of training, in
+    percent of the `pt` run with the same seed. pt, same flops: the dev score of that
+    run when it had spent as many FLOPs, or at the evaluation just after. gain: dev less
+    that, the paper's "Improve". to 99 %: FLOPs until the best dev score is 99 % of what
     `pt` ends with, in percent of what `pt` needs. NaN where there is no such thing.
     """
     import pandas
@@ -923,24 +925,26 @@ def table(runs):
 
     frame = compare(runs)
     groups = frame.groupby(level=0, sort=False)
-    cells = groups.mean().map("{:.1f}".format) + groups.std().map(" ± {:.1f}".format)
+    cells = groups.agg(
+        lambda x: f"{x.mean(skipna=False):.1f} ± {x.std(skipna=False):.1f}"
+    )
     if "gain" in frame and groups.size().min() > 2:
         half = stats.t.ppf(0.975, groups.size() - 1) * groups.gain.sem()
         cells["95 % of gain"] = half.map("± {:.1f}".format)
-    return cells.to_string().replace(" ± nan", "")
+    return cells.to_string().replace(" ± nan", "      ")
 
 
 def figure(runs):
-    """A matplotlib Figure: best dev score so far over training FLOPs, seeds averaged."""
+    """A matplotlib Figure: best dev score over training FLOPs, mean of the seeds."""
     import pandas
     from matplotlib.figure import Figure
 
     plot = Figure(layout="constrained")
     axes = plot.subplots()
     styles = itertools.cycle(["--", "-", "-.", ":"])  # told apart in grey
-    for name in dict.fromkeys(run["schedule"] for run in runs):
-        logs = [pandas.DataFrame(run["log"]) for run in runs if run["schedule"] == name]
-        mean = pandas.concat(logs).groupby("step").mean()
+    logs = [pandas.DataFrame(run["log"]).assign(name=run["schedule"]) for run in runs]
+    for name, rows in pandas.concat(logs).groupby("name", sort=False):
+        mean = rows.groupby("step").mean(numeric_only=True)
         axes.plot(mean.flops, mean.best, next(styles), color="black", label=name)
     axes.set(xlabel="training FLOPs", ylabel="best dev score so far, mean over seeds")
     axes.legend(loc="lower right")
@@ -973,35 +977,40 @@ SETTINGS = {  # the flags and their defaults, which are the paper's
     "out": "",
     "resume": "",
 }
-# What `python fpt.py` alone does, in two minutes. Flags that are given win.
-MICRO_RUN = {"schedule": ["pt", "cr"], "seed": [0, 1], "steps": 400, "eval_every": 40}
-MICRO_RUN |= {"dev": 250, "threads": 1}
+MICRO_RUN = {  # what `python fpt.py` alone does, in two minutes
+    "schedule": ["pt", "cr"],
+    "seed": [0, 1],
+    "steps": 400,
+    "eval_every": 40,
+    "dev": 250,
+    "threads": 1,
+}
+# What may stand beside --resume: where things are and how to compute, not what.
+FREE = {"resume", "model", "task", "device", "threads", "accumulate"}
 
 
 def parse_args(argv=None):
-    """Fast Prompt Tuning of a T5, with the paper's settings if no others are given.
+    """Fast Prompt Tuning of a T5, with the paper's settings unless others are given.
 
-    --model      hub id or folder of a T5, mT5 or ByT5; without it a micro T5
-    --task       name in TASKS, or a folder with a task of your own; likewise
-    --schedule   pt, ld, fr, cr (the default), or stages like 0.5x0.5:0.4,1x1:0.6
-    --seed       of the initial prompt and the data order (0)
-    --steps      updates (30000)
-    --batch      examples in an update (32)
+    --model          hub id or folder of a T5, mT5 or ByT5 (without it, a micro T5)
+    --task           name in TASKS, or a folder of your own (without it, micro/)
+    --schedule       pt ld fr cr, or stages such as 0.5x0.5:0.4,1x1:0.6; several in turn
+    --seed           of the initial prompt and of the data order; several in turn (0)
+    --steps          updates (30000)
+    --batch          examples in an update (32)
     --prompt-length  vectors of the soft prompt (20)
-    --init       uniform (the default), vocab, or the folder of a saved prompt
-    --lr         learning rate, constant (0.3)
-    --eval-every updates between evaluations (500)
-    --dev        train examples that choose the prompt, a fifth at most (500)
-    --limit      validation examples to report on (all)
-    --max-source source tokens that are kept (492)
-    --precision  fp32 (the default) or bf16
-    --accumulate parts that a batch is cut into, to save memory (1)
-    --device     cpu, cuda, cuda:1, mps (the first there is of them)
-    --threads    of the CPU (torch's choice)
-    --out        new folder for the results (runs/ and date and time)
-    --resume     folder of a stopped command: go on from there, with its settings
-
-    Of --schedule and --seed several may be given: they run in turn and are compared.
+    --init           uniform (the default), vocab, or the folder of a saved prompt
+    --lr             learning rate, constant (0.3)
+    --eval-every     updates between evaluations (500)
+    --dev            train examples that choose the prompt, a fifth at most (500)
+    --limit          validation examples to report on (all)
+    --max-source     source tokens that are kept (492)
+    --precision      fp32 (the default) or bf16
+    --accumulate     parts that a batch is cut into, to save memory (1)
+    --device         cpu, cuda, cuda:1, mps (the accelerator, if there is one)
+    --threads        of the CPU (torch's choice)
+    --out            new folder for the results (runs/ with date and time)
+    --resume         folder of a stopped command, to go on with its settings
     """
     parser = argparse.ArgumentParser(
         "fpt.py",
@@ -1015,15 +1024,16 @@ def parse_args(argv=None):
         how = {"type": type(default), "help": argparse.SUPPRESS}
         if isinstance(default, list):
             how |= {"type": type(default[0]), "nargs": "+"}
-        parser.add_argument("--" + name.replace("_", "-"), **how)
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
     given = vars(parser.parse_args(argv))
-    settings = SETTINGS | given
-    if settings["resume"]:
-        saved = Path(settings["resume"], "settings.json")
-        if not saved.exists():
-            parser.error(f"--resume: there is no {saved}")
-        settings |= json.loads(saved.read_text("utf-8"))
-    elif Path(settings["task"]).resolve() == MICRO / "entailment":
+    settings = dict(SETTINGS, out=time.strftime("runs/%Y-%m-%d_%H%M%S"))
+    if "resume" in given:
+        if given.keys() - FREE:
+            parser.error(f"beside --resume only {', '.join(sorted(FREE))} may be given")
+        given["out"] = given["resume"]
+        saved = Path(given["out"], "settings.json").read_text("utf-8")
+        settings |= json.loads(saved)
+    elif "task" not in given:
         settings |= MICRO_RUN
     settings = argparse.Namespace(**settings | given)
     if settings.precision not in ("fp32", "bf16"):
@@ -1034,10 +1044,9 @@ def parse_args(argv=None):
 def load_model(name, device, precision):
     """A T5, frozen and without dropout as in the paper, and its tokenizer.
 
-    Raises ValueError for a model of another kind and for files that do not fit together,
-    and what transformers raises.
+    Raises ValueError for a model of another kind and for files that do not fit each
+    other, and what transformers raises.
     """
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # it asks a bot online
     import transformers
 
     transformers.logging.set_verbosity_error()  # its advice on untied heads is wrong
@@ -1045,9 +1054,12 @@ def load_model(name, device, precision):
     if config.model_type not in T5_KINDS:
         raise ValueError(f"{name} is of type {config.model_type}: no T5 or mT5")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    how = {"config": config, "output_loading_info": True}
-    how["dtype"] = torch.bfloat16 if precision == "bf16" else torch.float32
-    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, **how)
+    model, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        name,
+        config=config,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        output_loading_info=True,
+    )
     # transformers draws absent weights at random and makes up an absent tokenizer.
     if info["missing_keys"]:
         raise ValueError(f"{name} has no {min(info['missing_keys'])}")
@@ -1082,15 +1094,8 @@ def gradient_in_parts(model, prompt, batch, parts):
     return loss, grad
 
 
-def start_prompt(model, settings, seed):
-    """The initial prompt of a seed, the same for all schedules."""
-    embeddings = model.shared.weight
-    generator = rng(seed, "prompt")
-    return init_prompt(settings.init, settings.prompt_length, embeddings, generator)
-
-
 def prepare(settings):
-    """Load the model and the task of the settings, and make the folder for the results.
+    """Load the model and the task of the settings, and make the folder of the results.
 
     Raises what the libraries raise, and ValueError for what does not go together.
     """
@@ -1109,24 +1114,25 @@ def prepare(settings):
         raise ValueError("--batch: at least processes x parts, at most train examples")
     model, tokenizer = load_model(settings.model, device, settings.precision)
     encode(task, tokenizer, settings.max_source)
-    start_prompt(model, settings, 0)  # fails here if it cannot be had
-    folder = settings.resume or settings.out or time.strftime("runs/%Y-%m-%d_%H%M%S")
-    folder = Path(folder)
+    embeddings = model.shared.weight
+    init_prompt(settings.init, settings.prompt_length, embeddings, rng())  # or it fails
+    out = Path(settings.out)
     if RANK == 0 and not settings.resume:
-        folder.mkdir(parents=True)  # fails if it is there: nothing is overwritten
-        write_lines(folder / "settings.json", [vars(settings)])
-    return model, task, folder
+        out.mkdir(parents=True)  # fails if it is there: nothing is overwritten
+        write_lines(out / "settings.json", [vars(settings)])
+    return model, task, out
 
 
 def tune(model, task, settings, name, seed, folder):
-    """Train a prompt by one schedule with one seed, or go on from the state in `folder`.
+    """Train a prompt by one schedule with one seed, or go on from the folder's state.
 
-    Returns the finished Run, and the model on which its prompt is to be used. The state
-    is saved at each evaluation.
+    The state is saved at each evaluation. Returns the finished Run, and the model on
+    which its prompt is to be used.
     """
     schedule = parse_schedule(name)
     draw = functools.partial(batches, task.train, settings.batch, model.device)
-    start = start_prompt(model, settings, seed)
+    embeddings, generator = model.shared.weight, rng(seed, "prompt")
+    start = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
     run = Run()
     scores = None
     if any(stage.width < 1 for stage in schedule):
@@ -1138,19 +1144,18 @@ def tune(model, task, settings, name, seed, folder):
             run.flops += step_flops(model, *padded_shape(start, batch), backward=False)
     prompt = SoftPrompt(start).to(model.device)
     optimizer = adafactor(prompt, settings.lr)
-    state = folder / "state.pt"
-    if state.exists():
-        saved = torch.load(state, model.device, weights_only=True)
-        run = Run(**saved["run"])
-        prompt.load_state_dict(saved["prompt"])
-        optimizer.load_state_dict(saved["optimizer"])
+    if (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", model.device, weights_only=True)
+        run = Run(**state["run"])
+        prompt.load_state_dict(state["prompt"])
+        optimizer.load_state_dict(state["optimizer"])
     loop = train(
         model,
         prompt,
         optimizer,
         schedule,
         draw(seed, first=run.step + 1),
-        lambda final, prompt: main_score(evaluate(final, prompt, task, task.dev)[0]),
+        lambda final, prompt: evaluate(final, prompt, task, task.dev)[0],
         steps=settings.steps,
         eval_every=settings.eval_every,
         run=run,
@@ -1158,50 +1163,60 @@ def tune(model, task, settings, name, seed, folder):
         decoder=not task.labels,
         gradient=functools.partial(gradient_in_parts, parts=settings.accumulate),
     )
-    for run in tqdm(loop, total=settings.steps, initial=run.step, file=sys.stdout):
-        if not run.losses and RANK == 0:  # there was an evaluation
-            write_lines(folder / "log.jsonl", run.log)
-            saved = {"prompt": prompt.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({"run": vars(run), **saved}, folder / "draft")
-            os.replace(folder / "draft", state)
+    bar = tqdm(loop, total=settings.steps, initial=run.step, file=sys.stdout)
+    for run in bar:
+        if not run.losses:  # there was an evaluation
+            bar.set_postfix(dev=run.best_dev)
+            save(run, prompt, optimizer, folder)
     last = schedule[-1]
     return run, partial_t5(model, last.depth, last.width, scores, not task.labels)
 
 
+def save(run, prompt, optimizer, folder):
+    """Write the state of a run, from which `tune` goes on, and its log."""
+    if RANK > 0:
+        return
+    state = {"run": vars(run), "prompt": prompt.state_dict()}
+    state["optimizer"] = optimizer.state_dict()
+    torch.save(state, folder / "draft")
+    os.replace(folder / "draft", folder / "state.pt")
+    write_lines(folder / "log.jsonl", run.log)
+
+
 def conclude(run, final, task, folder, **about):
     """Score the prompt on validation, write it and the results, and return those."""
-    scores, texts = evaluate(final, SoftPrompt(run.best_prompt), task, task.validation)
-    print(f"validation {scores}; FLOPs over pt's: {run.flops / run.pt_flops:.3f}")
-    results = {**about, **vars(run), "validation": main_score(scores), "scores": scores}
-    prompt = results.pop("best_prompt")
+    best = SoftPrompt(run.best_prompt)
+    validation, texts = evaluate(final, best, task, task.validation)
+    ratio = run.flops / run.pt_flops
+    print(f"validation {validation:.2f}, training FLOPs {ratio:.3f} of pt's")
+    results = {**about, **vars(run), "validation": validation, "best_prompt": None}
     if RANK == 0:
-        save_prompt(folder / "prompt", prompt, final.name_or_path)
-        rows = []
-        for row, text in zip(task.validation, texts, strict=True):
-            rows.append([row.source, row.answers, text])
+        save_prompt(folder / "prompt", run.best_prompt, final.name_or_path)
+        rows = zip(task.validation, texts, strict=True)
+        rows = [[row.source, row.answers, text] for row, text in rows]
         write_lines(folder / "predictions.jsonl", rows)
         write_lines(folder / "results.json", [results])
-        (folder / "state.pt").unlink()
+        (folder / "state.pt").unlink(missing_ok=True)
     return results
 
 
 def main(argv=None):
-    """Run every schedule with every seed on one loaded model, and return their results."""
-    settings = parse_args(argv)
+    """Run every schedule with every seed on one loaded model; return the results."""
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = io.StringIO()  # the first process speaks for all
     try:
+        settings = parse_args(argv)
         model, task, out = prepare(settings)
     except Exception as error:
         print(f"fpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     print(f"{len(task.train)} train examples, on {model.device}; results in {out}")
-    warn(task, settings.max_source)
+    warn(task)
     runs = []
     try:
         for seed, name in itertools.product(settings.seed, settings.schedule):
             print(f"\n{name}, seed {seed}")
-            folder = out / f"{re.sub('[:,]', '_', name)}-seed{seed}"
+            folder = out / f"{regex.sub('[:,]', '_', name)}-seed{seed}"
             finished = folder / "results.json"
             if finished.exists():
                 runs.append(json.loads(finished.read_text("utf-8")))
@@ -1211,13 +1226,12 @@ def main(argv=None):
             run, final = tune(model, task, settings, name, seed, folder)
             runs.append(conclude(run, final, task, folder, schedule=name, seed=seed))
     except KeyboardInterrupt:
-        print(f"fpt.py: stopped. Go on with: python fpt.py --resume {out}")
+        print(f"fpt.py: stopped. Go on with --resume {out}", file=sys.stderr)
         raise SystemExit(130) from None
     if len(runs) > 1 and RANK == 0:
         print(f"\nIn percent, means ± standard deviations over seeds {settings.seed}")
         print(table(runs))
         figure(runs).savefig(out / "comparison.png", dpi=150)
-        print(f"\nFigure: {out / 'comparison.png'}")
     return runs
 
 

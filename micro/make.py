@@ -1,145 +1,186 @@
-"""Make what micro/ ships, model and task. Only who doubts the shipped model needs it.
+"""Make what micro/ ships: a small T5 and a task for it.
 
-    python micro/make.py                           # micro/model, micro/entailment; 6 to 10 minutes
-    python micro/make.py --out /tmp/whole --whole  # the same without random sub-networks
+    python micro/make.py                           # both, in 6 to 10 minutes
+    python micro/make.py --out /tmp/whole --whole  # without random sub-networks
     python micro/make.py --out /tmp/short --steps 500
-    python micro/make.py --tasks /tmp/tasks        # five more tasks, in seconds, and no model
+    python micro/make.py --tasks /tmp/tasks        # five more tasks, and no model
 
-What it is: a T5 of d_model 64, d_ff 256, 8 encoder and 2 decoder layers, 0.53 M parameters, for a
-made-up English of a hundred words. It is pre-trained as T5 v1.0 was, on span corruption and on
-eight tasks named by a prefix. Entailment is one of them, answered "entailment" or "not_entailment".
-The task that is shipped, micro/entailment, asks it without the prefix and for the answers "yes" and
-"no", which in pre-training answer another question. The model has the knowledge, and a prompt has
-to call it up: the situation of prompt tuning, small enough for a laptop.
+The model is a T5 of 0.53 M parameters (d_model 64, d_ff 256, 8 encoder and 2 decoder
+layers) for a made-up English of a hundred words. It is pre-trained as T5 v1.0 was, on
+span corruption and on eight tasks that are named by a prefix. Entailment is one of
+them, answered "entailment" or "not_entailment". The shipped task, micro/entailment,
+asks it without the prefix and for the answers "yes" and "no", which answer another
+question in pre-training. So the model has the knowledge, and a prompt has to call it
+up. That is the situation of prompt tuning, small enough for a laptop.
 
-What it is not: a model of language, or evidence about large models. And it is made to survive what
-FPT does to it: from 40 % of the steps on, a batch trains a random sub-network of the encoder
-(LayerDrop, Fan et al. 2020, with a rate drawn anew for each batch, and the same for FFN neurons).
-Large T5s are redundant because they are large; one this small is only if it is trained to be.
-`--whole` turns it off.
+It is not a model of language, and no evidence about large models. It is also made to
+survive what FPT does to it: from 40 % of the steps on, each batch trains a random
+sub-network of the encoder (LayerDrop, Fan et al. 2020, with a rate drawn anew for each
+batch, and the same for FFN neurons). Large T5s are redundant because they are large.
+One as small as this is redundant only if it is trained to be. `--whole` turns that off.
 
-The same seed gives the same bytes on one machine with one version of torch; one thread does it all.
+The same seed gives the same bytes on one machine with one version of torch.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import random
 import sys
 import time
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import fpt
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import fpt  # noqa: E402  for the accuracy of partial models
 
-# ====== The language ==============================================================================
+# ====== The language ==================================================================
 
-# A word implies its kind: who sees a dog sees an animal, who runs moves, the park is outdoors.
-KINDS = {
-    "noun": {"animal": "dog cat horse cow bird", "person": "man woman boy girl king",
-             "vehicle": "car bus train ship bike", "toy": "ball doll drum kite robot"},
-    "verb": {"moves": "runs walks swims flies jumps", "sounds": "sings shouts barks whistles roars",
-             "rests": "sleeps sits waits lies stands"},
-    "place": {"outdoors": "park beach forest field street",
-              "indoors": "kitchen hall attic office shop"},
+# A word implies its kind: a dog is an animal, who runs moves, and the park is outdoors.
+NOUNS = {
+    "animal": "dog cat horse cow bird",
+    "person": "man woman boy girl king",
+    "vehicle": "car bus train ship bike",
+    "toy": "ball doll drum kite robot",
 }
-KIND = {word: kind for kinds in KINDS.values() for kind, words in kinds.items()
-        for word in words.split()}
-WORDS = {slot: [word for words in kinds.values() for word in words.split()]
-         for slot, kinds in KINDS.items()}
-WORDS["adjective"] = "red blue green black white old young big small wet".split()
-SLOTS = ("adjective", "noun", "verb", "place")  # in the order of a sentence
+VERBS = {
+    "moves": "runs walks swims flies jumps",
+    "sounds": "sings shouts barks whistles roars",
+    "rests": "sleeps sits waits lies stands",
+}
+PLACES = {
+    "outdoors": "park beach forest field street",
+    "indoors": "kitchen hall attic office shop",
+}
+ADJECTIVES = "red blue green black white old young big small wet"
+KINDS = {"noun": NOUNS, "verb": VERBS, "place": PLACES}
+SLOTS = ["adjective", "noun", "verb", "place"]  # in the order of a sentence
+WORDS = {"adjective": ADJECTIVES.split()}  # of each slot
+KIND = {}  # of each word
+for name, kinds in KINDS.items():
+    WORDS[name] = " ".join(kinds.values()).split()
+    for title, words in kinds.items():
+        KIND |= dict.fromkeys(words.split(), title)
 
 
-def anything(rng) -> dict[str, str]:
-    """A meaning: a word for every slot."""
+def anything(rng):
+    """A meaning: a dictionary with a word for every slot."""
     return {slot: rng.choice(WORDS[slot]) for slot in SLOTS}
 
 
-def weaker(meaning, rng) -> dict[str, str]:
-    """What follows from a meaning: a word stays or becomes its kind; adjective or place may go."""
+def weaker(meaning, rng):
+    """A meaning that follows: words may become kinds; adjective and place may go."""
     follows = {}
     for slot, word in meaning.items():
-        choices = {"adjective": [word, None], "place": [word, KIND.get(word), None]}
-        follows[slot] = rng.choice(choices.get(slot, [word, KIND.get(word)]))
-    return {slot: word for slot, word in follows.items() if word}
+        choices = [word]
+        if slot != "adjective":
+            choices.append(KIND[word])
+        if slot in ("adjective", "place"):
+            choices.append(None)
+        chosen = rng.choice(choices)
+        if chosen:
+            follows[slot] = chosen
+    return follows
 
 
-def implied(rng) -> tuple[dict[str, str], dict[str, str]]:
+def implied(rng):
     """A meaning, and one that follows from it."""
     meaning = anything(rng)
     return meaning, weaker(meaning, rng)
 
 
-def broken(meaning, rng) -> tuple[dict[str, str], str]:
-    """The meaning with one word or kind replaced by another, and the slot where."""
+def broken(meaning, rng):
+    """The meaning with another word, or another kind, in one slot; and that slot."""
     slot = rng.choice(list(meaning))
-    kinds = KINDS.get(slot, {})
-    others = [word for word in (kinds if meaning[slot] in kinds else WORDS[slot])
-              if word != meaning[slot]]
+    alike = WORDS[slot]
+    if meaning[slot] in KINDS.get(slot, ()):
+        alike = KINDS[slot]
+    others = [word for word in alike if word != meaning[slot]]
     return {**meaning, slot: rng.choice(others)}, slot
 
 
-def text(meaning) -> str:
-    """A meaning as a sentence: "a red dog runs in the park" or, weaker, "an animal moves"."""
+def text(meaning):
+    """A sentence: "a red dog runs in the park" or, weaker, "an animal moves"."""
     words = [meaning[slot] for slot in ("adjective", "noun") if slot in meaning]
-    words = ["an" if words[0][0] in "aeiou" else "a", *words, meaning["verb"]]
-    if "place" in meaning:
-        words += ["in", "the"] * (meaning["place"] in WORDS["place"]) + [meaning["place"]]
+    article = "an" if words[0][0] in "aeiou" else "a"
+    words = [article, *words, meaning["verb"]]
+    place = meaning.get("place")
+    if place in WORDS["place"]:
+        words += ["in", "the"]
+    if place:
+        words.append(place)
     return " ".join(words)
 
 
-def pair(first, second) -> str:
+def pair(first, second):
     """Two meanings as the source of a task on two sentences, in the form of RTE's."""
     return f"sentence1: {text(first)} sentence2: {text(second)}"
 
 
-# ====== Pre-training: span corruption, and eight tasks with a prefix ==============================
+# ====== Pre-training: span corruption, and eight tasks with a prefix ==================
+# Each function draws an example: source and target.
+
+SENTINELS = [f"<extra_id_{i}>" for i in range(10)]
 
 
 def spans(rng):
-    """Span corruption, on one sentence or on two of which the second follows from the first."""
+    """Span corruption of one sentence, or of two of which the second follows."""
     meaning = anything(rng)
-    words = (text(meaning) if rng.random() < 0.3 else pair(meaning, weaker(meaning, rng))).split()
-    source, target, masked = [], [], False
+    sentence = text(meaning)
+    if rng.random() >= 0.3:
+        sentence = pair(meaning, weaker(meaning, rng))
+    words = sentence.split()
+    source, target = [], []
+    left = iter(SENTINELS)
+    masked = False  # whether the word before was: spans do not touch
     while words:
         length = rng.choice((1, 2))
-        if rng.random() < 0.15 and not masked and len(target) < 3 * SENTINELS - 2:
-            sentinel = f"<extra_id_{sum(word.startswith('<') for word in target)}>"
-            source, target = [*source, sentinel], [*target, sentinel, *words[:length]]
-            words, masked = words[length:], True
+        # A span adds two or three words to the target, and there are ten sentinels.
+        masked = rng.random() < 0.15 and not masked and len(target) < 28
+        if masked:
+            sentinel = next(left)
+            source.append(sentinel)
+            target += [sentinel, *words[:length]]
+            words = words[length:]
         else:
-            source, words, masked = [*source, words[0]], words[1:], False
-    return (" ".join(source), " ".join(target)) if target else spans(rng)
+            source.append(words.pop(0))
+    if not target:
+        return spans(rng)
+    return " ".join(source), " ".join(target)
 
 
 def entailment(rng):
     """Does the second sentence follow from the first?"""
     meaning, follows = implied(rng)
-    if rng.random() < 0.5:
-        return "entailment " + pair(meaning, follows), "entailment"
-    return "entailment " + pair(meaning, broken(follows, rng)[0]), "not_entailment"
+    answer = "entailment"
+    if rng.random() >= 0.5:
+        follows, _ = broken(follows, rng)
+        answer = "not_entailment"
+    return "entailment " + pair(meaning, follows), answer
 
 
 def wrong(rng):
     """Which slot of the second sentence keeps it from following?"""
     meaning, follows = implied(rng)
-    if rng.random() < 0.2:
-        return "wrong " + pair(meaning, follows), "none"
-    follows, slot = broken(follows, rng)
+    slot = "none"
+    if rng.random() >= 0.2:
+        follows, slot = broken(follows, rng)
     return "wrong " + pair(meaning, follows), slot
 
 
 def general(rng):
     """Say it with kinds alone."""
     meaning = anything(rng)
-    return ("general sentence1: " + text(meaning),
-            text({slot: KIND[meaning[slot]] for slot in KINDS}))
+    target = {slot: KIND[meaning[slot]] for slot in KINDS}
+    return f"general sentence1: {text(meaning)}", text(target)
 
 
 def second(rng):
@@ -149,13 +190,14 @@ def second(rng):
 
 
 def ask(rng):
-    """The noun, verb, place or adjective of the first sentence."""
-    meaning, which = anything(rng), rng.choice(SLOTS)
-    return f"{which} " + pair(meaning, weaker(meaning, rng)), meaning[which]
+    """What is the noun, verb, place or adjective of the first sentence?"""
+    meaning = anything(rng)
+    slot = rng.choice(SLOTS)
+    return f"{slot} " + pair(meaning, weaker(meaning, rng)), meaning[slot]
 
 
 def shared(rng):
-    """The words that the two sentences share."""
+    """Which words do the two sentences share?"""
     meaning, follows = implied(rng)
     words = [word for slot, word in follows.items() if word == meaning[slot]]
     return "shared " + pair(meaning, follows), " ".join(words) or "none"
@@ -163,213 +205,271 @@ def shared(rng):
 
 def find(rng):
     """Is this word in the sentence?"""
-    meaning, which = anything(rng), rng.choice(SLOTS)
-    word = meaning[which] if rng.random() < 0.5 else rng.choice(WORDS[which])
-    return (f"find word: {word} sentence1: {text(meaning)}",
-            "present" if word == meaning[which] else "absent")
+    meaning = anything(rng)
+    slot = rng.choice(SLOTS)
+    word = meaning[slot]
+    if rng.random() >= 0.5:
+        word = rng.choice(WORDS[slot])
+    answer = "present" if word == meaning[slot] else "absent"
+    return f"find word: {word} sentence1: {text(meaning)}", answer
 
 
 def kind(rng):
     """Is this word of this kind? The only task that is answered yes or no."""
     word = rng.choice(list(KIND))
-    kinds = next(kinds for kinds in KINDS.values() if KIND[word] in kinds)
-    right = rng.random() < 0.5
-    other = rng.choice([kind for kind in kinds if kind != KIND[word]])
-    return f"kind word: {word} word: {KIND[word] if right else other}", "yes" if right else "no"
+    right = KIND[word]
+    [alike] = [kinds for kinds in KINDS.values() if right in kinds]
+    said_right = rng.random() < 0.5
+    other = rng.choice([title for title in alike if title != right])
+    if said_right:
+        return f"kind word: {word} word: {right}", "yes"
+    return f"kind word: {word} word: {other}", "no"
 
 
-MIXTURE = {spans: 4, entailment: 8, wrong: 4, general: 2, second: 1, ask: 2, shared: 2, find: 1,
-           kind: 1}  # examples of each, of 25
-SENTINELS = 10
-VOCABULARY = ["<pad>", "</s>", "<unk>", *dict.fromkeys([
-    *"a an in the sentence1: sentence2: word: yes no present absent none".split(),
-    "not_entailment", *(task.__name__ for task in MIXTURE if task not in (spans, ask)), *SLOTS,
-    *WORDS["adjective"], *KIND, *KIND.values()]), *(f"<extra_id_{i}>" for i in range(SENTINELS))]
+MIXTURE = {  # examples of each task, of 25
+    spans: 4,
+    entailment: 8,
+    wrong: 4,
+    general: 2,
+    second: 1,
+    ask: 2,
+    shared: 2,
+    find: 1,
+    kind: 1,
+}
+MARKS = "a an in the sentence1: sentence2: word: yes no present absent none"
+TASKS = "not_entailment entailment wrong general second shared find kind"
+VOCABULARY = ["<pad>", "</s>", "<unk>", *MARKS.split(), *TASKS.split(), *SLOTS]
+VOCABULARY += [*WORDS["adjective"], *KIND, *dict.fromkeys(KIND.values()), *SENTINELS]
 
-# ====== The model =================================================================================
+# ====== The model =====================================================================
 
 
 def new_model():
-    """A T5 with random weights. No dropout: every batch is new, there is nothing to overfit."""
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(
-        vocab_size=len(VOCABULARY), d_model=64, d_kv=16, num_heads=4, d_ff=256, num_layers=8,
-        num_decoder_layers=2, dropout_rate=0.0, decoder_start_token_id=0))
+    """A T5 with random weights. Every batch is new, so it needs no dropout."""
+    config = transformers.T5Config(
+        vocab_size=len(VOCABULARY),
+        d_model=64,
+        d_kv=16,
+        num_heads=4,
+        d_ff=256,
+        num_layers=8,
+        num_decoder_layers=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def new_tokenizer():
     """A word is a token, and </s> ends a text. `AutoTokenizer` loads it."""
-    import tokenizers
-
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    ids = {word: i for i, word in enumerate(VOCABULARY)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     core.post_processor = tokenizers.processors.TemplateProcessing(
-        "$A </s>", special_tokens=[("</s>", VOCABULARY.index("</s>"))])
+        "$A </s>", special_tokens=[("</s>", ids["</s>"])]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        additional_special_tokens=VOCABULARY[-SENTINELS:])
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=SENTINELS,
+    )
+
+
+def silence(keep, wo, inputs):
+    """A hook before `wo` that silences neurons where keep, [d_ff], is 0."""
+    return (inputs[0] * keep,)
 
 
 @contextlib.contextmanager
 def thinned(encoder, rng):
-    """For one batch: a random number of random layers between the first and the last; in each of
-    them a random quarter to all of the FFN neurons, the others silenced."""
-    layers, hooks = encoder.block, []
+    """Run a random sub-network of the encoder.
+
+    The first and the last layer stay, and a random number of the others. In each of
+    them a random quarter to all of the FFN neurons stay; the rest are silenced.
+    """
+    layers = encoder.block
     inner = range(1, len(layers) - 1)
     kept = sorted(rng.sample(inner, rng.randint(0, len(inner))))
     encoder.block = nn.ModuleList(layers[i] for i in (0, *kept, len(layers) - 1))
+    hooks = []
     for block in encoder.block:
         wo = block.layer[-1].DenseReluDense.wo
-        keep = torch.zeros(wo.in_features)
         count = rng.randint(wo.in_features // 4, wo.in_features)
+        keep = torch.zeros(wo.in_features)
         keep[rng.sample(range(wo.in_features), count)] = 1
-        hooks.append(wo.register_forward_pre_hook(lambda _, x, keep=keep: (x[0] * keep,)))
-    try:
-        yield
-    finally:
-        encoder.block = layers
-        for hook in hooks:
-            hook.remove()
+        hook = functools.partial(silence, keep)
+        hooks.append(wo.register_forward_pre_hook(hook))
+    yield
+    encoder.block = layers
+    for hook in hooks:
+        hook.remove()
 
 
-def encode(tokenizer, examples) -> dict[str, torch.Tensor]:
-    """(source, target) pairs -> input_ids, attention_mask [B, T] and labels [B, S]."""
-    sources, targets = (tokenizer(list(texts), padding=True, return_tensors="pt")
-                        for texts in zip(*examples))
+def encode(tokenizer, examples):
+    """(source, target) pairs as a batch of input_ids, attention_mask and labels."""
+    sources = tokenizer([row[0] for row in examples], padding=True, return_tensors="pt")
+    targets = tokenizer([row[1] for row in examples], padding=True, return_tensors="pt")
     labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)
     return {**sources, "labels": labels}
 
 
-def pretrain(model, tokenizer, steps: int, seed: int, whole: bool) -> None:
-    """AdamW on fresh examples of the mixture, 64 a step; prints how well each task is done."""
+def pretrain(model, tokenizer, steps, seed, whole):
+    """AdamW on fresh examples of the mixture, 64 a step; prints how it goes."""
+
+    def rate(step):  # up, constant, down
+        return min((step + 1) / 300, 1, 0.02 + 1.6 * (1 - step / steps))
+
     rng = random.Random(seed)
     tasks, weights = list(MIXTURE), list(MIXTURE.values())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
-        (step + 1) / 300, 1, 0.02 + 1.6 * (1 - step / steps)))  # up, constant, down
+    how = {"lr": 2e-3, "betas": (0.9, 0.98), "weight_decay": 0.01}
+    optimizer = torch.optim.AdamW(model.parameters(), **how)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     start = time.perf_counter()
     for step in range(1, steps + 1):
-        batch = encode(tokenizer, [task(rng) for task in rng.choices(tasks, weights, k=64)])
-        # Sub-networks come once the whole has begun to learn: from the start they hold it up.
-        thin = not whole and step > 0.4 * steps
-        with thinned(model.encoder, rng) if thin else contextlib.nullcontext():
-            logits = model(**batch, use_cache=False).logits  # [B, S, V]
+        drawn = rng.choices(tasks, weights, k=64)
+        batch = encode(tokenizer, [task(rng) for task in drawn])
+        sub_network = contextlib.nullcontext()
+        # Not from the start on, where sub-networks would hold up the whole.
+        if not whole and step > 0.4 * steps:
+            sub_network = thinned(model.encoder, rng)
+        with sub_network:
+            logits = model(**batch, use_cache=False).logits.transpose(1, 2)  # [B, V, S]
         labels = batch["labels"]
-        loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        loss = (loss.sum(1) / (labels != -100).sum(1)).mean()  # long targets do not count more
+        loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+        # A mean of means: long targets do not count more.
+        loss = (loss.sum(1) / (labels != -100).sum(1)).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        rate.step()
+        scheduler.step()
         if step % 500 == 0 or step == steps:
-            print(f"step {step}, {time.perf_counter() - start:.0f} s: " + ", ".join(
-                f"{task.__name__} {exact(model, tokenizer, task):.1f}" for task in tasks),
-                flush=True)
+            print(f"step {step}, {time.perf_counter() - start:.0f} s")
+            for task in tasks:
+                print(f"    {task.__name__} {exact(model, tokenizer, task):.1f}")
 
 
 @torch.no_grad()
-def exact(model, tokenizer, task, count: int = 500) -> float:
-    """Percent of fresh examples of a task whose every target token is the likeliest one."""
+def exact(model, tokenizer, task, count=500):
+    """Percent of fresh examples of a task whose every target token is the likeliest."""
     rng = random.Random("exact")
     batch = encode(tokenizer, [task(rng) for _ in range(count)])
     labels = batch["labels"]
-    right = (model(**batch, use_cache=False).logits.argmax(-1) == labels) | (labels == -100)
+    guesses = model(**batch, use_cache=False).logits.argmax(-1)  # [B, S]
+    right = (guesses == labels) | (labels == -100)
     return 100 * right.all(1).float().mean().item()
 
 
-# ====== The task that the model was never asked ===================================================
+# ====== The task that the model was never asked =======================================
 
 
-def without_prefix(count: int) -> list[tuple[str, str]]:
-    """Different examples of entailment with the answers yes and no, half of them each."""
-    rng, found = random.Random("rte"), {}  # a seed like any other: with it the rows are the shipped
+def without_prefix(count):
+    """Different examples of entailment, half of them answered yes and half no."""
+    rng = random.Random("rte")  # with this seed the rows are the shipped ones
+    found = {}
     while len(found) < count:
-        (meaning, follows), answer = implied(rng), ("yes", "no")[len(found) % 2]
-        if answer == "no":
-            follows = broken(follows, rng)[0]
+        meaning, follows = implied(rng)
+        answer = "yes"
+        if len(found) % 2:
+            follows, _ = broken(follows, rng)
+            answer = "no"
         found.setdefault(pair(meaning, follows), answer)
     rows = list(found.items())
     rng.shuffle(rows)
     return rows
 
 
-# More of them, for evidence/study.py: no prefix, and words that answered something else or nothing.
+# ====== More of them, for evidence/study.py ===========================================
+# They have no prefix, and their answers meant something else in pre-training.
 
 
 def same(rng):
-    """Do the sentences name the same noun? yes or no."""
+    """Do the sentences name the same noun?"""
     meaning, follows = implied(rng)
     others = [word for word in WORDS["noun"] if word != meaning["noun"]]
-    answer, noun = rng.choice([("yes", meaning["noun"]), ("no", rng.choice(others))])
+    choices = [("yes", meaning["noun"]), ("no", rng.choice(others))]
+    answer, noun = rng.choice(choices)
     return pair(meaning, {**follows, "noun": noun}), answer
 
 
 def slot(rng):
-    """Which slot of the second sentence keeps it from following? noun, ..., place or none."""
+    """Which slot of the second sentence keeps it from following?"""
     source, answer = wrong(rng)
     return source.removeprefix("wrong "), answer
 
 
 def present(rng):
-    """Does the second sentence follow? present or absent."""
+    """Does the second sentence follow? Here present means yes, and absent no."""
     source, answer = entailment(rng)
-    return (source.removeprefix("entailment "),
-            {"entailment": "present", "not_entailment": "absent"}[answer])
+    said = "present" if answer == "entailment" else "absent"
+    return source.removeprefix("entailment "), said
 
 
 def word(rng):
-    """Is this word in the sentence? yes or no."""
+    """Is this word in the sentence?"""
     source, answer = find(rng)
-    return source.removeprefix("find "), {"present": "yes", "absent": "no"}[answer]
+    said = "yes" if answer == "present" else "no"
+    return source.removeprefix("find "), said
 
 
 def told(rng):
-    """Does the second sentence say where? present or absent."""
+    """Does the second sentence say where?"""
     meaning, follows = implied(rng)
-    return pair(meaning, follows), "present" if "place" in follows else "absent"
+    said = "present" if "place" in follows else "absent"
+    return pair(meaning, follows), said
 
 
-UNASKED = {same: ["yes", "no"], slot: [*SLOTS, "none"], present: ["present", "absent"],
-           word: ["yes", "no"], told: ["present", "absent"]}
+UNASKED = {
+    same: ["yes", "no"],
+    slot: [*SLOTS, "none"],
+    present: ["present", "absent"],
+    word: ["yes", "no"],
+    told: ["present", "absent"],
+}
 
 
-def unasked(task, count: int) -> list[tuple[str, str]]:
+def unasked(task, count):
     """Different examples of a task."""
-    rng, found = random.Random(task.__name__), {}
+    rng = random.Random(task.__name__)
+    found = {}
     while len(found) < count:
-        found.setdefault(*task(rng))
+        source, target = task(rng)
+        found.setdefault(source, target)
     return list(found.items())
 
 
-def write_task(folder: Path, rows, labels) -> None:
+def write_task(folder, rows, labels):
     """A task folder as fpt.py reads it; the first 1,000 rows are for validation."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.json").write_text(json.dumps({"labels": labels}, indent=2) + "\n")
-    for name, part in ("validation", rows[:1000]), ("train", rows[1000:]):
-        (folder / f"{name}.jsonl").write_text("".join(
-            json.dumps({"source": source, "target": target}) + "\n" for source, target in part))
+    spec = json.dumps({"labels": labels}, indent=2)
+    (folder / "task.json").write_text(spec + "\n")
+    for name, part in [("validation", rows[:1000]), ("train", rows[1000:])]:
+        with open(folder / f"{name}.jsonl", "w") as file:
+            for source, target in part:
+                line = json.dumps({"source": source, "target": target})
+                file.write(line + "\n")
 
 
-def main(argv=None) -> None:
-    """Write the task, pre-train the model, write it, and tell how well its parts do."""
-    parser = argparse.ArgumentParser("make.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder of both (%(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help="of pre-training (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of weights and examples (%(default)s)")
-    parser.add_argument("--whole", action="store_true", help="no random sub-networks")
-    parser.add_argument("--tasks", type=Path, help="write only more tasks, to this folder")
+def main(argv=None):
+    """Write the task, pre-train and write the model, and say how well its parts do."""
+    parser = argparse.ArgumentParser("make.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of both")
+    parser.add_argument("--steps", type=int, default=6000, help="of pre-training")
+    parser.add_argument("--seed", type=int, default=1, help="of weights and examples")
+    parser.add_argument("--whole", action="store_true", help="no sub-networks")
+    parser.add_argument("--tasks", type=Path, help="write only more tasks, to here")
     args = parser.parse_args(argv)
     if args.tasks:
         for task, labels in UNASKED.items():
             write_task(args.tasks / task.__name__, unasked(task, 6000), labels)
         return
-    if args.steps < 1:
-        parser.error("--steps must be at least 1")
     if args.out.resolve() == HERE and args != parser.parse_args([]):
-        parser.error("with other settings than the shipped ones, name another folder with --out")
+        parser.error("other settings than the shipped ones need another --out")
     transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)  # the sum of two threads depends on how they share the work
+    torch.set_num_threads(1)  # the sum of two would depend on how they share the work
     torch.manual_seed(args.seed)
     write_task(args.out / "entailment", without_prefix(6000), ["yes", "no"])
     model, tokenizer = new_model(), new_tokenizer()
