@@ -21,20 +21,21 @@ is carried through every growth.
     prompt tuning (PT), the baseline     the schedule "pt": one stage, the full model
     "Improve"                            gain, in compare
 
-A schedule is worth its trouble if its *gain* is above zero: its dev score less the one
-that PT had when it had spent the same FLOPs. To end near PT for fewer FLOPs proves
-nothing, since PT stopped early may be as near. tutorial.md tells what was measured, and
-when FPT fails. (t5-base saw RTE in its own pre-training: its score there shows that a
-run works, not what a prompt can learn.)
+A schedule is worth its trouble if its *gain* is above zero: its dev score minus PT's at
+the point where PT has spent as many FLOPs. Ending near PT with fewer FLOPs proves
+nothing, since PT stopped early may do as well. tutorial.md reports what was measured
+and when FPT fails. (t5-base saw RTE in its own pre-training: its score there shows that
+a run works, not what a prompt can learn.)
 
 To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
-modules, and know nothing of tasks, settings or processes. Sections 6 to 9 are the
-program around them. Where a line differs on purpose from the authors' code
-(github.com/thunlp/FastPromptTuning), a note begins with "Official:".
+modules, and know nothing of tasks, settings or processes. (They import copy, functools,
+json, math, time, dataclass, field, Path, torch, Tensor, nn, Adafactor and safetensors.)
+Sections 6 to 9 are the program around them. Where a line differs on purpose from the
+authors' code (github.com/thunlp/FastPromptTuning), a note begins with "Official:".
 
 Glossary
     B, P, T, S  examples in a batch; prompt vectors; source and target tokens, padded
-    d, d_ff, V  size of an embedding (d_model); neurons of an FFN; tokens there are
+    d, d_ff, V  size of an embedding (d_model); neurons of an FFN; vocabulary size
     FFN         a layer's feed-forward network; neuron j is row j of wi, column j of wo
     depth       share of the layers that a partial model keeps
     width       share of the d_ff neurons that each of these layers keeps
@@ -69,17 +70,17 @@ from transformers.optimization import Adafactor
 T5_KINDS = ("t5", "mt5")  # all versions of T5, Flan, mT5, ByT5
 
 
-def round_half_up(number) -> int:
-    """The nearest integer: 15 for 14.5, and for 0.29 * 50, a hair less in floats."""
+def round_half_up(number):
+    """The nearest integer. The 1e-6 is for 0.29 * 50, in floats a hair below 14.5."""
     return math.floor(number + 0.5 + 1e-6)
 
 
 def kept_layers(total: int, keep: int) -> list[int]:
-    """Indices of the layers that layer dropping keeps: of 12 to 3 they are [0, 5, 11].
+    """Indices of the layers that layer dropping keeps: 3 of 12 layers are [0, 5, 11].
 
     They are spread evenly. Layer 0 always stays: it alone owns T5's relative position
     bias, which it hands on to the others. A T5 without it raises no error, but it no
-    longer knows the order of words. From two layers on, the last one stays as well.
+    longer knows the order of words. If two or more are kept, so is the last one.
 
     Raises ValueError unless 1 <= keep <= total.
     Official: the same rule, with a division by zero for keep=1.
@@ -91,7 +92,8 @@ def kept_layers(total: int, keep: int) -> list[int]:
     gap, wider = divmod(total - 1, keep - 1)  # the last `wider` gaps are wider by one
     layers = [0]
     for i in range(keep - 1):
-        layers.append(layers[-1] + gap + (i >= keep - 1 - wider))
+        is_wider = i >= keep - 1 - wider
+        layers.append(layers[-1] + gap + is_wider)
     return layers
 
 
@@ -105,23 +107,23 @@ def neuron_scores(model, prompt, batches):
 
     Args:
         model: the full T5ForConditionalGeneration, in eval mode.
-        prompt: [P, d]. The paper uses the initial one.
-        batches: dicts of input_ids [B, T], attention_mask [B, T] and labels [B, S], on
-            the model's device. Labels are -100 where they are padded.
+        prompt: a tensor [P, d]. The paper uses the initial one.
+        batches: a few dicts of input_ids [B, T], attention_mask [B, T] and labels
+            [B, S], on the model's device. Labels are -100 where they are padded.
     Returns:
         {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one a layer, on the CPU.
     Official: takes examples of the *validation* split. Take train examples.
     """
-    totals = {"encoder": [], "decoder": []}
-    masks = {}  # of the batch at hand
+    totals = {"encoder": [], "decoder": []}  # a tensor [d_ff] for each layer
+    masks = {}  # of the current batch: [B, positions] for each side
     hooks = []
     examples = 0
 
-    def add(total, side, wo, inputs):
+    def add(total, side, wo, inputs):  # the last two come from PyTorch
         activation = inputs[0].abs().float()  # [B, positions, d_ff]
         mask = masks[side].unsqueeze(-1)  # [B, positions, 1]
         mean = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, d_ff]
-        total += mean.sum(0)
+        total += mean.sum(0)  # in place, so totals has it
 
     for side in totals:
         for block in getattr(model, side).block:
@@ -131,14 +133,16 @@ def neuron_scores(model, prompt, batches):
             hook = functools.partial(add, total, side)
             hooks.append(wo.register_forward_pre_hook(hook))
     soft_prompt = SoftPrompt(prompt).to(model.device)
-    for batch in batches:
-        labels = batch["labels"]
-        embeds, masks["encoder"] = soft_prompt(model, batch)
-        masks["decoder"] = labels != -100
-        token_losses(model, masks["encoder"], labels, inputs_embeds=embeds)  # calls add
-        examples += len(labels)
-    for hook in hooks:
-        hook.remove()
+    try:
+        for batch in batches:
+            labels = batch["labels"]
+            embeds, masks["encoder"] = soft_prompt(model, batch)
+            masks["decoder"] = labels != -100
+            token_losses(model, masks["encoder"], labels, inputs_embeds=embeds)
+            examples += len(labels)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {side: [total.cpu() / examples for total in totals[side]] for side in totals}
 
 
@@ -153,16 +157,22 @@ def narrow_ffn(ffn, scores, width):
     count = max(1, round_half_up(width * len(scores)))
     ranking = scores.argsort(descending=True, stable=True)
     keep = ranking[:count].sort().values.to(ffn.wo.weight.device)
-    for name, linear in ffn.named_children():
-        if not name.startswith("w"):  # dropout and activation
+    for name in (
+        "wi",
+        "wi_0",
+        "wi_1",
+        "wo",
+    ):  # wi in T5 v1.0, wi_0 and wi_1 in gated T5s
+        linear = getattr(ffn, name, None)
+        if linear is None:
             continue
         if type(linear) is not nn.Linear:
             raise ValueError(f"cannot narrow a {type(linear).__name__}, only nn.Linear")
         if name == "wo":
-            weight = linear.weight[:, keep]  # [d, k]
+            weight = linear.weight[:, keep]  # [d, count]
             linear.in_features = count
-        else:  # wi, or wi_0 and wi_1 in gated T5s
-            weight = linear.weight[keep]  # [k, d]
+        else:
+            weight = linear.weight[keep]  # [count, d]
             linear.out_features = count
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -179,11 +189,11 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
         depth, width: in (0, 1]; numbers of layers and neurons are rounded half up.
         scores: of `neuron_scores` for this model; needed where width < 1.
-        decoder: False leaves it whole, as the paper does where targets are labels.
+        decoder: False leaves the decoder whole, as in the paper if targets are labels.
     Raises:
         ValueError: a share outside (0, 1], scores missing or of another model, an FFN
-            that `narrow_ffn` refuses, or a model of another kind. (umt5 is one: each
-            of its layers has a position bias.)
+            that `narrow_ffn` refuses, or a model of another kind. (umt5 is refused
+            since each of its layers has a position bias.)
     """
     if model.config.model_type not in T5_KINDS:
         raise ValueError(f"a model of type {model.config.model_type} is no T5 or mT5")
@@ -191,7 +201,8 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         raise ValueError(
             f"depth {depth}, width {width}: (0, 1]; width < 1 needs scores"
         )
-    # deepcopy takes what its memo holds for an earlier copy: so all tensors are shared.
+    # deepcopy takes an object for copied if its memo says so. The memo has all tensors
+    # here, so that modules are copied and tensors are shared.
     shared = {id(tensor): tensor for tensor in model.parameters()}
     partial = copy.deepcopy(model, memo=shared)
     for side in ["encoder", "decoder"] if decoder else ["encoder"]:
@@ -231,7 +242,7 @@ PRESETS = {
 def parse_schedule(text: str) -> list[Stage]:
     """The stages of a preset, or of a text in its notation: "0.5x0.25:0.3,1x1:0.7".
 
-    A single partial stage, "0.25x1:1", never grows: a row of the paper's Table 1.
+    A single partial stage, "0.25x1:1", never grows, as in the paper's Table 1.
     Raises ValueError if a number cannot be read or is outside (0, 1], or if the shares
     do not add up to 1.
     """
@@ -258,7 +269,7 @@ def parse_schedule(text: str) -> list[Stage]:
 SCHEDULES = {name: parse_schedule(name) for name in PRESETS}
 
 
-def stage_at(schedule, step, steps) -> int:
+def stage_at(schedule, step, steps):
     """Index of the stage in which update `step` of 1 to `steps` is made.
 
     The model grows after the last update of a stage: of 30,000, update 6,000 is still
@@ -279,10 +290,11 @@ def stage_at(schedule, step, steps) -> int:
 def step_flops(model, batch, source, target, backward=True) -> int:
     """FLOPs of the matrix products of one update; a multiply-add is two.
 
-    An update costs two forward passes, not three as in ordinary training. On the way
-    back, a linear layer makes one product for the gradient of its input. The other one,
-    for the gradient of its weights, is never made, since they are frozen. Only the two
-    products of an attention cost twice: both of their inputs depend on the prompt.
+    An update costs about two forward passes, not three as in ordinary training. On the
+    way back, a linear layer makes one product for the gradient of its input. The other
+    one, for the gradient of its weights, is never made, since they are frozen. The
+    exception are the two products of an attention, whose backward pass costs twice
+    their forward: both of their inputs depend on the prompt.
 
     Args:
         model: a T5, whole or partial.
@@ -296,29 +308,30 @@ def step_flops(model, batch, source, target, backward=True) -> int:
         layers = [x for x in module.modules() if isinstance(x, nn.Linear)]
         return sum(layer.weight.numel() for layer in layers)
 
-    per_source = 2 * batch * source  # FLOPs of a weight, at all source positions
+    per_source = 2 * batch * source  # FLOPs of a weight that meets all source positions
     per_target = 2 * batch * target
-    forth = per_target * weights(model.lm_head)  # the forward pass
-    back = forth  # the backward pass
+    ahead = per_target * weights(model.lm_head)  # the forward pass
+    back = ahead  # the backward pass
     for block in model.encoder.block:
         linear = per_source * weights(block)
         product = per_source * source * block.layer[0].SelfAttention.inner_dim
-        forth += linear + 2 * product  # queries by keys, attention weights by values
+        ahead += linear + 2 * product  # queries by keys, attention weights by values
         back += linear + 4 * product
     for index, block in enumerate(model.decoder.block):
-        attention = block.layer[0].SelfAttention
-        cross = block.layer[1].EncDecAttention
+        attention, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
         linear = per_target * weights(attention)
         product = per_target * target * attention.inner_dim
-        query = per_target * weights(cross.q)
-        met = 2 * per_source * weights(cross.k)  # keys, values of all source positions
-        met += per_target * (weights(cross.o) + weights(block.layer[2]))
+        queries = per_target * weights(cross.q)
+        rest = 2 * per_source * weights(cross.k)  # keys and values of the whole source
+        rest += per_target * (weights(cross.o) + weights(block.layer[2]))  # and the FFN
         cross_product = per_target * source * cross.inner_dim
-        forth += linear + 2 * product + query + met + 2 * cross_product
-        back += met + 3 * cross_product
-        if index > 0:  # before its first cross-attention nothing depends on the prompt
-            back += linear + 4 * product + query + cross_product
-    return forth + back if backward else forth
+        ahead += linear + 2 * product + queries + rest + 2 * cross_product
+        # Gradients of the keys, of the attention weights and of the values.
+        back += rest + 3 * cross_product
+        # And of the queries, but for layer 0: its queries have not met the prompt yet.
+        if index > 0:
+            back += linear + 4 * product + queries + cross_product
+    return ahead + back if backward else ahead
 
 
 # ====== 4 Soft prompt =================================================================
@@ -334,8 +347,8 @@ class SoftPrompt(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone())  # [P, d]
 
-    def forward(self, model, batch) -> tuple[Tensor, Tensor]:
-        """A batch behind the prompt: embeddings [B, P+T, d] and their mask [B, P+T].
+    def forward(self, model, batch):
+        """The prompt followed by a batch: embeddings [B, P+T, d] and mask [B, P+T].
 
         `batch` holds input_ids and attention_mask, both [B, T].
         """
@@ -347,15 +360,15 @@ class SoftPrompt(nn.Module):
         return torch.cat([prompt, embeds], dim=1), torch.cat([ones, mask], dim=1)
 
 
-def token_losses(model, mask, labels, **source) -> Tensor:
+def token_losses(model, mask, labels, **inputs) -> Tensor:
     """Negative log-likelihood [B, S] of the target tokens, in fp32; 0 where padded.
 
-    labels are [B, S], -100 where padded. source is inputs_embeds=[B, P+T, d], or
+    labels are [B, S], -100 where padded. inputs is inputs_embeds=[B, P+T, d], or
     encoder_outputs=..., and mask [B, P+T] belongs to it.
     """
     shifted = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S]
     output = model(
-        attention_mask=mask, decoder_input_ids=shifted, use_cache=False, **source
+        attention_mask=mask, decoder_input_ids=shifted, use_cache=False, **inputs
     )
     # The loss that transformers returns for a bf16 model is rounded to three digits.
     logits = output.logits.flatten(0, 1).float()  # [B*S, V]
@@ -374,10 +387,10 @@ def init_prompt(how, length, embeddings, generator) -> Tensor:
     Raises ValueError if there are fewer tokens, or the saved prompt has another shape.
     Official: other draws from the same generator come first, so starts differ.
     """
-    width = embeddings.shape[1]
+    d = embeddings.shape[1]
     if how == "uniform":
-        bound = width**-0.5
-        return torch.empty(length, width).uniform_(-bound, bound, generator=generator)
+        bound = d**-0.5
+        return torch.empty(length, d).uniform_(-bound, bound, generator=generator)
     if how == "vocab":
         frequent = min(5000, len(embeddings)) - 3  # without <pad>, </s> and <unk>
         if length > frequent:
@@ -385,10 +398,8 @@ def init_prompt(how, length, embeddings, generator) -> Tensor:
         ids = torch.randperm(frequent, generator=generator)[:length] + 3
         return embeddings[ids.to(embeddings.device)].float().cpu()
     prompt = load_prompt(how)
-    if prompt.shape != (length, width):
-        raise ValueError(
-            f"the prompt in {how} is not {length} vectors of {width} numbers"
-        )
+    if prompt.shape != (length, d):
+        raise ValueError(f"the prompt in {how} is not {length} vectors of {d} numbers")
     return prompt
 
 
@@ -427,10 +438,11 @@ def load_prompt(folder) -> Tensor:
 def adafactor(prompt, lr):
     """The paper's optimiser: it divides a gradient by the usual size of earlier ones.
 
-    So a step has a root mean square of about `lr`, whatever the scale of the loss. What
-    is usual is remembered through a growth: for a while the larger model's gradients
-    are divided by the smaller one's size (at update 6,000, for about a thousand more).
-    torch.optim.Adafactor would not do: it decays the rate and scales by the prompt.
+    So a step has a root mean square of `lr` at most, whatever the scale of the loss. At
+    a growth it goes on as it is. For a while it divides the larger model's gradients by
+    the usual size of the smaller one's: if they are smaller, so are its steps. It looks
+    back about t^0.8 updates at update t, that is a thousand at update 6,000.
+    torch.optim.Adafactor does not fit: it decays lr and scales by the prompt's size.
     """
     return Adafactor(
         [prompt.weight],
@@ -441,7 +453,7 @@ def adafactor(prompt, lr):
     )
 
 
-def gradient(model, prompt, batch) -> tuple[Tensor, Tensor]:
+def gradient(model, prompt, batch):
     """Forward and backward: the loss of a batch and its gradient for the prompt [P, d].
 
     The batch is on the model's device. Nothing here waits for that device.
@@ -466,28 +478,26 @@ class Run:
     """How far a run has come: what it is resumed from, with prompt and optimiser."""
 
     step: int = 0  # updates made
-    flops: int = 0  # what they cost, and the scoring of neurons before them
+    flops: int = 0  # what they cost; it may begin with the cost of scoring neurons
     pt_flops: int = 0  # what prompt tuning pays for the same batches
     seconds: float = 0.0  # of the updates, without evaluations
     losses: list = field(default_factory=list)  # since the last evaluation
     log: list = field(default_factory=list)  # a row for each evaluation
     best_dev: float = -math.inf  # the best dev score so far
-    best_step: int = 0  # the update behind which it was reached, the later of equals
-    best_prompt: Tensor = None  # the prompt [P, d] of that update: the result
+    best_prompt: Tensor = None  # the prompt [P, d] that reached it, the later on ties
 
     def record(self, stage, prompt, loss, dev):
-        """Note an evaluation; keep the prompt [P, d] if none was better before.
+        """Note an evaluation; keep the prompt [P, d] if it ties or beats the best.
 
         Raises FloatingPointError if the loss or the prompt is not finite.
         """
         if not math.isfinite(loss) or not prompt.isfinite().all():
-            raise FloatingPointError(f"not finite at update {self.step}: a lower --lr?")
+            raise FloatingPointError(f"not finite at update {self.step}: a lower rate?")
         if dev >= self.best_dev:
-            self.best_dev, self.best_step = dev, self.step
+            self.best_dev = dev
             self.best_prompt = prompt.detach().clone()
         row = {"step": self.step, "stage": stage + 1, "loss": loss, "dev": dev}
-        row |= {"best": self.best_dev, "flops": self.flops, "pt_flops": self.pt_flops}
-        self.log.append(row)
+        self.log.append({**row, "best": self.best_dev, "flops": self.flops})
         self.losses = []
 
 
@@ -497,23 +507,22 @@ def train(
     optimizer,  # of `adafactor`, or another one for prompt.weight
     schedule,  # SCHEDULES["cr"], or another list of stages
     batches,  # an iterator over batches as in `neuron_scores`, from update run.step + 1
-    evaluate,  # evaluate(model, prompt) -> dev score; higher is better
+    evaluate,  # evaluate(model, prompt) -> a float, higher is better; without gradients
     *,
     steps,
     eval_every,
-    run,  # Run(), or the one to go on from
+    run,  # Run(), or one to go on from; at the end run.best_prompt is the result
     scores=None,  # of `neuron_scores`
     decoder=True,  # as in `partial_t5`
-    gradient=gradient,
+    gradient=gradient,  # or a function that does the same in parts or processes
 ):
     """FPT: one prompt, one optimiser, a model that grows. Yields `run` every update."""
     final = partial_t5(model, schedule[-1].depth, schedule[-1].width, scores, decoder)
     pt_cost = functools.cache(functools.partial(step_flops, model))
     stage = None
+    start = time.perf_counter()
     for step in range(run.step + 1, steps + 1):
-        if not run.losses:
-            start = time.perf_counter()
-        # 1. Stage. The model grows; the prompt, the optimiser and its averages stay.
+        # 1. Stage. The model grows; the prompt and the optimiser go on as they are.
         if stage != stage_at(schedule, step, steps):
             stage = stage_at(schedule, step, steps)
             size = schedule[stage]
@@ -535,9 +544,10 @@ def train(
         # 6. Evaluation, of the final model. Official: of the one that is being trained.
         if step % eval_every == 0 or step == steps:
             losses = torch.stack(run.losses).tolist()  # waits for the device
-            loss = sum(losses) / len(losses)
             run.seconds += time.perf_counter() - start
-            run.record(stage, prompt.weight, loss, evaluate(final, prompt))
+            mean_loss = sum(losses) / len(losses)
+            run.record(stage, prompt.weight, mean_loss, evaluate(final, prompt))
+            start = time.perf_counter()
         yield run
 
 
@@ -635,9 +645,11 @@ def load_hub(name):
 
     task = TASKS[name]
     subset = name if "glue" in task.hub else None
-    # XSum may be a loading script, which datasets refuses; this branch has its rows.
-    branch = "refs/convert/parquet" if name == "xsum" else None
-    splits = datasets.load_dataset(task.hub, subset, revision=branch)
+    try:
+        splits = datasets.load_dataset(task.hub, subset)
+    except RuntimeError:  # a loading script, as XSum's may be; this branch has its rows
+        branch = "refs/convert/parquet"
+        splits = datasets.load_dataset(task.hub, subset, revision=branch)
     train = []
     for row in splits["train"]:
         train += hub_examples(task, row)
@@ -714,12 +726,11 @@ def encode(task, tokenizer, max_source):
     rows = [*task.train, *task.dev, *task.validation]
     for start in range(0, len(rows), 1000):  # all at once would take much memory
         part = rows[start : start + 1000]
-        sources = [row.source for row in part]
-        targets = [task.prefix + row.answers[0] for row in part]
-        sources = tokenizer(sources, truncation=True, max_length=max_source)
-        targets = tokenizer(targets, truncation=True, max_length=longest)
-        for i, row in enumerate(part):
-            source, target = sources.input_ids[i], targets.input_ids[i]
+        texts = [row.source for row in part]
+        sources = tokenizer(texts, truncation=True, max_length=max_source).input_ids
+        texts = [task.prefix + row.answers[0] for row in part]
+        targets = tokenizer(texts, truncation=True, max_length=longest).input_ids
+        for row, source, target in zip(part, sources, targets, strict=True):
             cut += len(source) == max_source or len(target) == longest
             unknown += tokenizer.unk_token_id in source + target
             row.source_ids = torch.tensor(source).int()
@@ -814,8 +825,8 @@ def score(task, predictions, examples) -> float:
     if task.labels:
         guesses = torch.tensor([task.labels.index(text) for text in predictions])
         gold = torch.tensor([task.labels.index(right[0]) for right in answers])
-        kind = "binary" if len(task.labels) == 2 else "multiclass"
         count = len(task.labels)
+        kind = "binary" if count == 2 else "multiclass"
         f1 = functional.f1_score(
             guesses, gold, kind, num_classes=count, average="macro"
         )
@@ -956,6 +967,28 @@ def figure(runs):
 RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # their number
 MICRO = Path(__file__).resolve().parent / "micro"  # a small model and a task for it
+HELP = """Fast Prompt Tuning of a T5, with the paper's settings unless others are given.
+
+--model          hub id or folder of a T5, mT5 or ByT5 (without it, a micro T5)
+--task           name in TASKS, or a folder of your own (without it, micro/)
+--schedule       pt ld fr cr, or stages such as 0.5x0.5:0.4,1x1:0.6; several in turn
+--seed           of the initial prompt and of the data order; several in turn (0)
+--steps          updates (30000)
+--batch          examples in an update (32)
+--prompt-length  vectors of the soft prompt (20)
+--init           uniform (the default), vocab, or the folder of a saved prompt
+--lr             learning rate, constant (0.3)
+--eval-every     updates between evaluations (500)
+--dev            train examples that choose the prompt, a fifth at most (500)
+--limit          validation examples to report on (all)
+--max-source     source tokens that are kept (492)
+--precision      fp32 (the default) or bf16
+--accumulate     parts that a batch is cut into, to save memory (1)
+--device         cpu, cuda, cuda:1, mps (the accelerator, if there is one)
+--threads        of the CPU (torch's choice)
+--out            new folder for the results (runs/ with date and time)
+--resume         folder of a stopped command, to go on with its settings
+"""
 SETTINGS = {  # the flags and their defaults, which are the paper's
     "model": str(MICRO / "model"),
     "task": str(MICRO / "entailment"),
@@ -990,41 +1023,23 @@ FREE = {"resume", "model", "task", "device", "threads", "accumulate"}
 
 
 def parse_args(argv=None):
-    """Fast Prompt Tuning of a T5, with the paper's settings unless others are given.
-
-    --model          hub id or folder of a T5, mT5 or ByT5 (without it, a micro T5)
-    --task           name in TASKS, or a folder of your own (without it, micro/)
-    --schedule       pt ld fr cr, or stages such as 0.5x0.5:0.4,1x1:0.6; several in turn
-    --seed           of the initial prompt and of the data order; several in turn (0)
-    --steps          updates (30000)
-    --batch          examples in an update (32)
-    --prompt-length  vectors of the soft prompt (20)
-    --init           uniform (the default), vocab, or the folder of a saved prompt
-    --lr             learning rate, constant (0.3)
-    --eval-every     updates between evaluations (500)
-    --dev            train examples that choose the prompt, a fifth at most (500)
-    --limit          validation examples to report on (all)
-    --max-source     source tokens that are kept (492)
-    --precision      fp32 (the default) or bf16
-    --accumulate     parts that a batch is cut into, to save memory (1)
-    --device         cpu, cuda, cuda:1, mps (the accelerator, if there is one)
-    --threads        of the CPU (torch's choice)
-    --out            new folder for the results (runs/ with date and time)
-    --resume         folder of a stopped command, to go on with its settings
-    """
+    """The command line as settings; a mistake is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
         "fpt.py",
-        description=parse_args.__doc__,
+        description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.error = lambda text: parser.exit(2, f"fpt.py: error: {text}; see --help\n")
     for name, default in SETTINGS.items():
-        how = {"type": type(default), "help": argparse.SUPPRESS}
-        if isinstance(default, list):
-            how |= {"type": type(default[0]), "nargs": "+"}
-        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+        several = isinstance(default, list)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            help=argparse.SUPPRESS,
+        )
     given = vars(parser.parse_args(argv))
     settings = dict(SETTINGS, out=time.strftime("runs/%Y-%m-%d_%H%M%S"))
     if "resume" in given:
@@ -1050,7 +1065,9 @@ def load_model(name, device, precision):
     import transformers
 
     transformers.logging.set_verbosity_error()  # its advice on untied heads is wrong
-    config = transformers.AutoConfig.from_pretrained(name, dropout_rate=0.0)
+    transformers.logging.disable_progress_bar()
+    how = {"dropout_rate": 0.0, "return_dict": True}
+    config = transformers.AutoConfig.from_pretrained(name, **how)
     if config.model_type not in T5_KINDS:
         raise ValueError(f"{name} is of type {config.model_type}: no T5 or mT5")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -1067,10 +1084,8 @@ def load_model(name, device, precision):
         raise ValueError(f"the tokenizer of {name} is absent, or another model's")
     if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
         raise ValueError(f"the head of {name} was overwritten by its embeddings")
-    # Greedy decoding, whatever the model's own file says.
-    names = ["decoder_start_token_id", "eos_token_id", "pad_token_id"]
-    ids = {name: getattr(config, name) for name in names}
-    model.generation_config = transformers.GenerationConfig(**ids)
+    # Greedy decoding, whatever the model's own generation_config.json says.
+    model.generation_config = transformers.GenerationConfig.from_model_config(config)
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
@@ -1105,9 +1120,9 @@ def prepare(settings):
         dist.init_process_group()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = settings.device
-    if device == "auto":
-        device = torch.accelerator.current_accelerator() or "cpu"
+    device = settings.device.replace("auto", "cpu")
+    if settings.device == "auto" and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     task = load_task(settings.task, settings.dev, settings.limit)
     if not WORLD * settings.accumulate <= settings.batch <= len(task.train):
@@ -1133,13 +1148,12 @@ def tune(model, task, settings, name, seed, folder):
     draw = functools.partial(batches, task.train, settings.batch, model.device)
     embeddings, generator = model.shared.weight, rng(seed, "prompt")
     start = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
+    # From pools of one batch, so not sorted by length: all lengths are met.
+    drawn = draw(f"scores {seed}", pool=1)
+    scored = list(itertools.islice(drawn, math.ceil(64 / settings.batch)))
+    scores = neuron_scores(model, start, scored)
     run = Run()
-    scores = None
     if any(stage.width < 1 for stage in schedule):
-        # From pools of one batch, so not sorted by length: all lengths are met.
-        drawn = draw(f"scores {seed}", pool=1)
-        scored = list(itertools.islice(drawn, math.ceil(64 / settings.batch)))
-        scores = neuron_scores(model, start, scored)
         for batch in scored:
             run.flops += step_flops(model, *padded_shape(start, batch), backward=False)
     prompt = SoftPrompt(start).to(model.device)
@@ -1149,7 +1163,7 @@ def tune(model, task, settings, name, seed, folder):
         run = Run(**state["run"])
         prompt.load_state_dict(state["prompt"])
         optimizer.load_state_dict(state["optimizer"])
-    loop = train(
+    updates = train(
         model,
         prompt,
         optimizer,
@@ -1163,19 +1177,18 @@ def tune(model, task, settings, name, seed, folder):
         decoder=not task.labels,
         gradient=functools.partial(gradient_in_parts, parts=settings.accumulate),
     )
-    bar = tqdm(loop, total=settings.steps, initial=run.step, file=sys.stdout)
-    for run in bar:
-        if not run.losses:  # there was an evaluation
-            bar.set_postfix(dev=run.best_dev)
-            save(run, prompt, optimizer, folder)
+    total = settings.steps - run.step
+    for run in tqdm(updates, total=total, file=sys.stdout, disable=None):
+        if not run.losses and RANK == 0:  # there was an evaluation
+            tqdm.write(f"update {run.step}, dev {run.log[-1]['dev']:.2f}")
+            save_state(run, prompt, optimizer, folder)
     last = schedule[-1]
     return run, partial_t5(model, last.depth, last.width, scores, not task.labels)
 
 
-def save(run, prompt, optimizer, folder):
-    """Write the state of a run, from which `tune` goes on, and its log."""
-    if RANK > 0:
-        return
+def save_state(run, prompt, optimizer, folder):
+    """Write what `tune` goes on from, whole, and the log, which is for people."""
+    folder.mkdir(exist_ok=True)
     state = {"run": vars(run), "prompt": prompt.state_dict()}
     state["optimizer"] = optimizer.state_dict()
     torch.save(state, folder / "draft")
@@ -1196,7 +1209,6 @@ def conclude(run, final, task, folder, **about):
         rows = [[row.source, row.answers, text] for row, text in rows]
         write_lines(folder / "predictions.jsonl", rows)
         write_lines(folder / "results.json", [results])
-        (folder / "state.pt").unlink(missing_ok=True)
     return results
 
 
@@ -1217,12 +1229,6 @@ def main(argv=None):
         for seed, name in itertools.product(settings.seed, settings.schedule):
             print(f"\n{name}, seed {seed}")
             folder = out / f"{regex.sub('[:,]', '_', name)}-seed{seed}"
-            finished = folder / "results.json"
-            if finished.exists():
-                runs.append(json.loads(finished.read_text("utf-8")))
-                continue
-            if RANK == 0:
-                folder.mkdir(exist_ok=True)
             run, final = tune(model, task, settings, name, seed, folder)
             runs.append(conclude(run, final, task, folder, schedule=name, seed=seed))
     except KeyboardInterrupt:

@@ -5,10 +5,10 @@ trained ones do. The contenders take turns, and each number is a median of --rou
 
 speed   examples per second over an epoch of RTE's lengths, of PEFT's prompt tuning in a
         plain loop and of fpt.py's `pt` and `cr`. PEFT's inputs are padded to 512 as in
-        the official code, or come in shuffled batches, or in batches grouped by length,
-        as from transformers' Trainer. Model, optimiser and targets are the same.
-stages  seconds of each schedule beside its FLOPs, its rate of FLOPs over that of a large
-        matrix product, and what growing, scoring and evaluating cost
+        the official code, or come in shuffled batches, or in batches grouped by
+        length, as from transformers' Trainer. All else is the same.
+stages  seconds of each schedule beside its FLOPs, its rate of FLOPs over that of a
+        large matrix product, and what growing, scoring and evaluating cost
 memory  the peaks of several ways to train, each in a process of its own
 """
 
@@ -240,7 +240,7 @@ def speed(model, args):
 
 
 def matrix_rate(model, rounds):
-    """FLOP/s of a large matrix product on the device and in the precision of a model."""
+    """FLOP/s of a large matrix product where and as the model computes."""
     square = torch.randn(4096, 4096, device=model.device, dtype=model.dtype)
     products = 1 if model.device.type == "cpu" else 20  # a GPU's clock is too coarse
 
@@ -330,7 +330,7 @@ def peak(way, shape, precision, args):
                 update = updater(partial, args, length, 4 if "parts" in way else 1)
             update()
     if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+        return torch.cuda.max_memory_allocated(model.device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
@@ -391,8 +391,9 @@ def main(args):
     start = time.perf_counter()
     record = {"machine": machine(args.device), "minutes": 0, "rows": []}
     print(json.dumps(record["machine"]))
-    jobs = itertools.product(args.shape, args.precision, sorted(args.part))
-    for shape, precision, part in jobs:  # memory first, while this process is small
+    # Memory first, while this process is small: its peak is inherited by its children.
+    jobs = itertools.product(sorted(args.part), args.shape, args.precision)
+    for part, shape, precision in jobs:
         if part == "memory":
             rows = memory(shape, precision, args)
         elif part == "speed":

@@ -1,530 +1,726 @@
-"""The study behind the tutorial's tables, on micro models: python evidence/study.py --out FOLDER
+"""The study behind the tables, on micro models: python evidence/study.py --out FOLDER
 
-A cell is one run of `fpt.main`: a task, a schedule, a seed, and at most one change to the method.
-Cells that FOLDER has are kept, so a stopped study goes on. What they say together goes to
-FOLDER/study.json, a line a run. --part and --seed run less of it.
+A cell is one run of `fpt.main`: a task, a schedule, a seed, and at most one change to
+the method. Cells that FOLDER has are kept, so a stopped study goes on. All of them
+together become FOLDER/study.json, with a line for each. --part and --seed run less.
 
 default   the default command, and the same with one thing done otherwise
-table     prompt tuning on fixed partial models (the paper's Table 1), and the presets (Table 2)
-change    `cr` in half the updates, with one thing done otherwise, and without its partial stages
-transfer  every prompt of the part table on every partial model, and their cosines
+table     prompt tuning on fixed partial models (the paper's Table 1), and schedules (2)
+change    `cr` in half the updates, with one thing done otherwise
+transfer  the prompts of the part table on each other's models, and their cosines
 
---show prints the tables of a record; --tables writes evidence/README.md and the pictures anew, from
-the records beside it. Minutes are those of the updates, on one core, others busy beside it.
+--show prints the tables of a record. --tables writes evidence/README.md and the
+pictures anew, from the records beside it.
 """
 
-import argparse, collections, contextlib, itertools, json, math  # noqa: E401
-import multiprocessing, re, shutil, sys  # noqa: E401
+import argparse
+import collections
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import re
+import shutil
+import sys
 from concurrent import futures
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "micro"), str(ROOT / "evidence")]
+import pandas
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
 
-import pandas, torch  # noqa: E401, E402
-from matplotlib.figure import Figure  # noqa: E402
-from scipy import stats  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import bench, fpt, make  # noqa: E401, E402
+import fpt
+from evidence import bench
+from micro import make
 
-PARTS = ("default", "table", "change", "transfer")
-REPORTED = ("slot", "present", "word", "told")
-FIXED = ("pt", "0.25x1:1", "0.5x1:1", "0.75x1:1", "1x0.25:1", "1x0.5:1", "1x0.75:1",
-         "0.25x0.25:1", "0.5x0.5:1", "0.75x0.75:1")
-COMPOUND, PRESETS = [*FIXED[-3:], "pt"], ["ld", "fr", "cr", "fast"]
-MOST = ("pt", "cr", "fast")  # of these, all seeds; of the rest the first five
+HERE = Path(__file__).resolve().parent
+PARTS = ["default", "table", "change", "transfer"]
+REPORTED = ["slot", "present", "word", "told"]  # tasks of micro/make.py
+FIXED = [
+    "pt",
+    "0.25x1:1",
+    "0.5x1:1",
+    "0.75x1:1",
+    "1x0.25:1",
+    "1x0.5:1",
+    "1x0.75:1",
+    "0.25x0.25:1",
+    "0.5x0.5:1",
+    "0.75x0.75:1",
+]
+SCHEDULES = ["ld", "fr", "cr", "fast"]
+FAST = "0.25x0.25:0.4,0.5x0.5:0.4,1x1:0.2"  # found on micro models, for them
+MOST = ["pt", "cr", "fast"]  # of these, all seeds; of the rest the first five
 
-# ====== One change at a time ======================================================================
+# ====== One change at a time ==========================================================
 
-BATCHES, SCORES, TRAIN = fpt.batches, fpt.neuron_scores, fpt.train
+TRAIN = fpt.train
 
 
-def random_layers(seed: int, total: int, keep: int) -> list[int]:
-    """Layer 0, which owns the position bias, and others drawn anew for each seed and size."""
-    drawn = torch.randperm(total - 1, generator=fpt.rng(seed, "layers", keep)) + 1
-    return sorted([0, *drawn[:keep - 1].tolist()])
+def random_layers(seed, total, keep):
+    """Layer 0, which owns the position bias, and others at random."""
+    generator = fpt.rng(seed, "layers", keep)
+    drawn = torch.randperm(total - 1, generator=generator) + 1
+    return sorted([0, *drawn[: keep - 1].tolist()])
 
 
 def random_neurons(model, prompt, batches):
-    """Neurons in a random order, another for each prompt."""
+    """Scores that put the neurons in a random order, another one for each prompt."""
     generator = fpt.rng(prompt.sum().item(), "neurons")
-    return {side: [torch.rand(len(row), generator=generator) for row in rows]
-            for side, rows in SCORES(model, prompt, batches).items()}
+    scores = {}
+    for side in ["encoder", "decoder"]:
+        scores[side] = []
+        for _ in getattr(model, side).block:
+            scores[side].append(torch.rand(model.config.d_ff, generator=generator))
+    return scores
 
 
-def forgetful(*args, **more):
-    """`fpt.train` with an optimiser that forgets, at each growth, the smaller model's gradients."""
-    optimizer, schedule, steps = args[2], args[3], args[7]
-    for run in TRAIN(*args, **more):
+def forgetful(model, prompt, optimizer, schedule, *args, **settings):
+    """`fpt.train` with an optimiser that forgets the smaller model at each growth."""
+    steps = settings["steps"]
+    for run in TRAIN(model, prompt, optimizer, schedule, *args, **settings):
         yield run
-        stage, coming = (fpt.stage_at(schedule, run["step"] + i, steps) for i in (0, 1))
-        if coming > stage:
+        stage = fpt.stage_at(schedule, run.step, steps)
+        if fpt.stage_at(schedule, run.step + 1, steps) > stage:
             optimizer.state.clear()
 
 
-def slowed(*args, **more):
-    """`fpt.train` with a third of the rate in the last 40 % of the updates: the last stage of `cr`.
-    """
-    optimizer, steps = args[2], args[7]
-    for run in TRAIN(*args, **more):
+def slowed(model, prompt, optimizer, *args, **settings):
+    """`fpt.train` with a third of the rate in the last 40 % of the updates."""
+    for run in TRAIN(model, prompt, optimizer, *args, **settings):
         yield run
-        if run["step"] >= 0.6 * steps:
+        if run.step >= 0.6 * settings["steps"]:
             optimizer.param_groups[0]["lr"] = 0.1
 
 
-def shuffled(examples, encode, seed, size, pool=1):
-    """`fpt.batches` without sorting by length."""
-    return BATCHES(examples, encode, seed, size, pool=1)
+def replaced(change, seed):
+    """What of fpt.py a change replaces, by name."""
+    if change == "layers random":
+        return {"kept_layers": functools.partial(random_layers, seed)}
+    if change == "neurons random":
+        return {"neuron_scores": random_neurons}
+    if change == "optimiser reset":
+        return {"train": forgetful}
+    if change.endswith("rate / 3 at the end"):
+        return {"train": slowed}
+    if change.endswith("shuffled batches"):  # not sorted by length
+        return {"batches": functools.partial(fpt.batches, pool=1)}
+    return {}
 
 
-class Change(NamedTuple):
-    """A schedule, its share of the updates, flags, and what of fpt is replaced, from the seed."""
+@dataclass
+class Change:
+    """A run of the part change, and the one that it is compared with."""
 
     schedule: str = "cr"
-    share: float = 1.0
-    flags: tuple[str, ...] = ()
-    replaced: Callable = lambda seed: {}
+    base: str = "none"
+    updates: float = 1.0  # a share of those of the others
+    length: int = 20  # of the prompt
 
 
 CHANGES = {
     "none": Change(),
-    "layers random": Change(replaced=lambda seed: {"kept_layers": partial(random_layers, seed)}),
-    "neurons random": Change(replaced=lambda seed: {"neuron_scores": random_neurons}),
-    "optimiser reset": Change(replaced=lambda seed: {"train": forgetful}),
-    "start labels": Change(flags=("--init", "labels")),
-    **{f"length {P}": Change(flags=("--prompt-length", P)) for P in ("5", "50")},
+    "layers random": Change(),
+    "neurons random": Change(),
+    "optimiser reset": Change(),
+    "length 5": Change(length=5),
+    "length 50": Change(length=50),
     "pt": Change("pt"),
-    "pt, the FLOPs of cr": Change("pt", 0.637),  # measured, on these tasks
-    "pt, the full updates alone": Change("pt", 0.4),
-    "pt, start labels": Change("pt", flags=("--init", "labels")),
-    **{f"pt, length {P}": Change("pt", flags=("--prompt-length", P)) for P in ("5", "50")},
+    "pt, the FLOPs of cr": Change("pt", updates=0.648),  # measured, on these tasks
+    "pt, length 5": Change("pt", base="pt", length=5),
+    "pt, length 50": Change("pt", base="pt", length=50),
 }
-DEFAULT = {f"{name}, {what}": Change(name, replaced=lambda seed, how=how: how)  # on its task
-           for what, how in (("rate / 3 at the end", {"train": slowed}),
-                             ("shuffled batches", {"batches": shuffled})) for name in ("pt", "cr")}
+DEFAULT = [  # of the part default
+    "pt, rate / 3 at the end",
+    "cr, rate / 3 at the end",
+    "pt, shuffled batches",
+    "cr, shuffled batches",
+]
 
-# ====== Cells =====================================================================================
-
-
-def cells(parts, seeds) -> list[tuple[str, str, str, int]]:
-    """(task, schedule, change, seed), the most telling first."""
-    plain = [(name, "") for name in (*FIXED, *PRESETS) if {"table", "transfer"} & set(parts)]
-    changed = [(change.schedule, name) for name, change in CHANGES.items() if "change" in parts]
-    default = [("pt", ""), ("cr", "")] + [(row.schedule, name) for name, row in DEFAULT.items()]
-    found = [("entailment", *kind, seed) for seed in seeds if "default" in parts
-             for kind in default if not kind[1] or seed in range(8, 24)]
-    return found + [(task, *kind, seed) for seed in seeds for task in REPORTED
-                    for kind in plain + changed
-                    if kind in [(name, "") for name in MOST] or seed in seeds[:5]]
+# ====== Cells =========================================================================
 
 
-def place(out: Path, task, schedule, change, seed) -> Path:
-    """The folder of a cell's command."""
-    return out / "runs" / task / re.sub("[:, /]+", "_", f"{change or 'as is'} {schedule} {seed}")
+@dataclass
+class Cell:
+    """One run; `change` is empty if nothing is changed."""
+
+    task: str
+    schedule: str
+    change: str
+    seed: int
+
+    def folder(self, out):
+        """Where its command writes."""
+        name = f"{self.change or 'as is'} {self.schedule} {self.seed}"
+        return out / "runs" / self.task / re.sub("[:, /]+", "_", name)
+
+    def prompt(self, out):
+        """The chosen prompt [P, d]."""
+        [folder] = self.folder(out).glob("*/prompt")
+        return fpt.load_prompt(folder)
 
 
-def run_cell(args, cell) -> dict:
-    """Train, unless it was done before. -> what the study keeps of it."""
-    task, schedule, name, seed = cell
-    change, folder = (CHANGES | DEFAULT).get(name, Change()), place(args.out, *cell)
-    command = ["--schedule", schedule, "--seed", str(seed), "--out", str(folder), *change.flags]
-    if task != "entailment":  # which is the default command
-        steps = round(args.steps / 2 * change.share) if name else args.steps
-        command += ["--model", str(args.model), "--task", str(args.out / "tasks" / task), "--steps",
-                    str(steps), "--eval-every", str(args.eval_every), "--dev", "200",
-                    "--limit", "500", "--threads", "1", "--device", "cpu"]
+def cells(parts, seeds):
+    """The cells of some parts, those with the first seeds first."""
+    found = []
+    if "default" in parts:
+        for seed in seeds:
+            changes = DEFAULT if 8 <= seed < 24 else []
+            found.append(Cell("entailment", "pt", "", seed))
+            found.append(Cell("entailment", "cr", "", seed))
+            for change in changes:
+                found.append(Cell("entailment", change[:2], change, seed))
+    for seed, task in itertools.product(seeds, REPORTED):
+        few = seed not in seeds[:5]
+        if "table" in parts or "transfer" in parts:
+            for schedule in MOST if few else FIXED + SCHEDULES:
+                found.append(Cell(task, schedule, "", seed))
+        if "change" in parts and not few:
+            for name, change in CHANGES.items():
+                found.append(Cell(task, change.schedule, name, seed))
+    return found
+
+
+def run_cell(args, cell):
+    """Train, unless that was done before, and return what the study keeps of it."""
+    folder = cell.folder(args.out)
+    change = CHANGES.get(cell.change, Change())
+    schedule = FAST if cell.schedule == "fast" else cell.schedule
+    flags = {"out": folder, "schedule": schedule, "seed": cell.seed}
+    if cell.task != "entailment":  # which is that of the default command
+        updates = change.updates / 2 if cell.change else 1
+        flags |= {
+            "model": args.model,
+            "task": args.out / "tasks" / cell.task,
+            "steps": round(args.steps * updates),
+            "eval-every": args.eval_every,
+            "prompt-length": change.length,
+            "dev": 200,
+            "limit": 500,
+            "device": "cpu",
+            "threads": 1,
+        }
     if not list(folder.glob("*/results.json")):
-        shutil.rmtree(folder, ignore_errors=True)  # a change does not know what came before a stop
-        with mock.patch.dict(vars(fpt), change.replaced(seed)), contextlib.redirect_stdout(None):
+        shutil.rmtree(folder, ignore_errors=True)
+        command = [f"--{name}={value}" for name, value in flags.items()]
+        changed = mock.patch.dict(vars(fpt), replaced(cell.change, cell.seed))
+        with changed, contextlib.redirect_stdout(io.StringIO()):
             fpt.main(command)
     [path] = folder.glob("*/results.json")
     run = json.loads(path.read_text())
-    dev = [fpt.main_score(row["dev"]) for row in run["log"]]
-    kept = {key: [row[key] for row in run["log"]] for key in ("step", "flops")}
-    return {"task": task, "schedule": schedule, "change": name, "seed": seed, "dev": dev, **kept,
-            "validation": fpt.main_score(run["validation"]), "full_updates": run["full_steps"],
-            "seconds": round(run["seconds"], 2)}
+    kept = dict(vars(cell))
+    for key in ["dev", "step", "flops"]:
+        kept[key] = [row[key] for row in run["log"]]
+    kept["validation"] = run["validation"]
+    kept["seconds"] = round(run["seconds"], 2)
+    return kept
 
 
-def prompt_of(args, task, schedule, seed):
-    """The chosen prompt [P, d] of a cell without a change."""
-    return fpt.load_prompt(next(place(args.out, task, schedule, "", seed).glob("*/prompt")))
-
-
-def transfer(args, task, seed) -> dict:
-    """The chosen prompts of the fixed models of a task and a seed, each on every one of them."""
-    config = fpt.parse_args(["--resume", str(place(args.out, task, "pt", "", seed))])
-    model, tokenizer, (labels, train, _, validation), starts, _ = fpt.prepare(config)
-    rows = fpt.batches(train, lambda part: fpt.encode(tokenizer, labels, config.max_source, part),
-                       f"scores {seed}", config.batch, pool=1)  # as `fpt.tune` draws them
-    scores = fpt.neuron_scores(model, starts[seed], [rows(1), rows(2)])
+def transfer(args, cell):
+    """The prompts of all fixed models on each of them, for a cell's task and seed."""
+    settings = fpt.parse_args(["--resume", str(cell.folder(args.out))])
+    model, task, _ = fpt.prepare(settings)
+    # The scores of `fpt.tune`.
+    seed, generator = f"scores {cell.seed}", fpt.rng(cell.seed, "prompt")
+    start = fpt.init_prompt("uniform", 20, model.shared.weight, generator)
+    drawn = fpt.batches(task.train, settings.batch, model.device, seed, pool=1)
+    scores = fpt.neuron_scores(model, start, [next(drawn), next(drawn)])
     matrix = [[] for _ in FIXED]
     for name in FIXED:
-        part = fpt.partial_t5(model, *fpt.parse_schedule(name)[0][:2], scores, decoder=False)
-        for row, trained_on in zip(matrix, FIXED):
-            prompt = fpt.SoftPrompt(prompt_of(args, task, trained_on, seed))
-            found, _ = fpt.evaluate(part, prompt, tokenizer, labels, validation, config)
-            row.append(fpt.main_score(found))
-    return {"task": task, "seed": seed, "models": FIXED, "validation": matrix}
+        [stage] = fpt.parse_schedule(name)
+        part = fpt.partial_t5(model, stage.depth, stage.width, scores, decoder=False)
+        for row, trained_on in zip(matrix, FIXED, strict=True):
+            other = replace(cell, schedule=trained_on)
+            prompt = fpt.SoftPrompt(other.prompt(args.out))
+            score, _ = fpt.evaluate(part, prompt, task, task.validation)
+            row.append(score)
+    found = {"task": cell.task, "seed": cell.seed}
+    return found | {"models": FIXED, "validation": matrix}
 
 
-def cosines(args) -> dict[str, float]:
-    """Of chosen prompts, flattened, with that of `pt`, which shares their start and their batches:
-    mean of tasks and seeds. Controls: `pt` of another seed, of another task, random prompts.
+def cosines(args):
+    """Cosines of chosen prompts, flattened, with the one of `pt`: means over all pairs.
+
+    The first ones, of partial models, have the start and the batches of that `pt`.
     """
-    found, prompts = collections.defaultdict(list), {
-        key: prompt_of(args, *key).flatten()
-        for key in itertools.product(REPORTED, COMPOUND, args.seed[:5])}
-    for first, second in itertools.permutations(prompts, 2):
-        same = "".join("=" if a == b else "x" for a, b in zip(first, second))  # task, model, seed
-        title = {"=x=": f"`{first[1]}`, same seed", "==x": "`pt`, other seed",
-                 "x==": "`pt`, other task"}.get(same)
-        if title and second[1] == "pt":
-            found[title].append(torch.cosine_similarity(prompts[first], prompts[second], dim=0))
-    drawn = torch.randn(2, 100, len(prompts[first]), generator=fpt.rng("random prompts"))
-    found["random"] = torch.cosine_similarity(*drawn, dim=1)
-    return {title: sum(values).item() / len(values) for title, values in found.items()}
+    found = collections.defaultdict(list)
+
+    def add(title, cell, pt):
+        if cell != pt:
+            prompt = cell.prompt(args.out).flatten()
+            weight = pt.prompt(args.out).flatten()
+            cosine = torch.cosine_similarity(prompt, weight, dim=0)
+            found[title].append(cosine.item())
+
+    seeds = args.seed[:5]
+    for task, seed in itertools.product(REPORTED, seeds):
+        pt = Cell(task, "pt", "", seed)
+        for schedule in FIXED[-3:]:
+            add(f"`{schedule}`, same seed", replace(pt, schedule=schedule), pt)
+        for other in seeds:
+            add("`pt`, other seed", replace(pt, seed=other), pt)
+        for other in REPORTED:
+            add("`pt`, other task", replace(pt, task=other), pt)
+    size = pt.prompt(args.out).numel()
+    drawn = torch.randn(2, 100, size, generator=fpt.rng("random prompts"))
+    found["random"] = torch.cosine_similarity(*drawn, dim=1).tolist()
+    return {title: sum(values) / len(values) for title, values in found.items()}
 
 
-# ====== Tables ====================================================================================
+# ====== Tables ========================================================================
 
-# T5-LARGE in the paper's Tables 1 and 2, less its own PT: on MNLI and QQP (labels, as here: the
-# decoder stays whole), on all five tasks; FLOPs over those of PT; of schedules "Improve" as well.
-PAPER = pandas.DataFrame([row.split() for row in (
-    "- - 1.00 -", "-17.3 -25.7 0.30 -", "-14.4 -20.3 0.54 -", "-2.9 -8.8 0.77 -",
-    "-5.0 -8.4 0.58 -", "-2.1 -3.3 0.72 -", "-0.8 -1.1 0.86 -", "-16.2 -25.5 0.20 -",
-    "-15.2 -23.1 0.40 -", "-3.2 -9.2 0.66 -", "-0.5 -0.6 0.72 +0.11", "+0.1 +0.0 0.83 +0.49",
-    "-0.9 -0.6 0.65 +0.38", "- - - -")], [*FIXED, *PRESETS],
-    ["paper: labels", "paper: minus PT", "paper: FLOPs", "paper: Improve"]).replace("-", "")
+# T5-LARGE in the paper's Tables 1 and 2, less its own PT: on MNLI and QQP (labels, as
+# here: the decoder stays whole), on all five tasks; FLOPs over those of PT; "Improve".
+PAPER = """
+schedule     labels  minus PT  FLOPs  Improve
+pt                -         -   1.00        -
+0.25x1:1      -17.3     -25.7   0.30        -
+0.5x1:1       -14.4     -20.3   0.54        -
+0.75x1:1       -2.9      -8.8   0.77        -
+1x0.25:1       -5.0      -8.4   0.58        -
+1x0.5:1        -2.1      -3.3   0.72        -
+1x0.75:1       -0.8      -1.1   0.86        -
+0.25x0.25:1   -16.2     -25.5   0.20        -
+0.5x0.5:1     -15.2     -23.1   0.40        -
+0.75x0.75:1    -3.2      -9.2   0.66        -
+ld             -0.5      -0.6   0.72    +0.11
+fr             +0.1      +0.0   0.83    +0.49
+cr             -0.9      -0.6   0.65    +0.38
+fast              -         -      -        -
+"""
 
 
-def compared(cells: list[dict]) -> pandas.DataFrame:
-    """The rows of `fpt.compare`, task by task; their index is name, task and seed. And of the last
-    40 % of the updates: `begun`, the dev score before them, and `jumps`, how far dev scores are
-    from those before, on average.
+def paper():
+    """What the paper measured, as text."""
+    lines = [re.split("  +", line) for line in PAPER.strip().splitlines()]
+    frame = pandas.DataFrame(lines[1:], columns=lines[0]).set_index("schedule")
+    return frame.replace("-", "").add_prefix("paper: ")
+
+
+def as_result(cell):
+    """A cell as `fpt.main` returns a run; a change is what the run is named by.
+
+    Of the last 40 % of the updates it also has `begun`, the dev score before them, and
+    `jumps`, how far their dev scores are from those before on average.
     """
-    runs = collections.defaultdict(list)
-    for cell in cells:
-        best = itertools.accumulate(cell["dev"], max)
-        log = [dict(zip(("step", "flops", "best"), row))
-               for row in zip(cell["step"], cell["flops"], best)]
-        late = [dev for step, dev in zip(cell["step"], cell["dev"])
-                if step >= 0.6 * cell["step"][-1]]
-        runs[cell["task"]].append(cell | {
-            "schedule": cell["change"] or cell["schedule"], "log": log, "flops": log[-1]["flops"],
-            "dev": {"": log[-1]["best"]}, "validation": {"": cell["validation"]},
-            "full_steps": cell["full_updates"], "begun": late[0],
-            "jumps": sum(abs(b - a) for a, b in itertools.pairwise(late)) / (len(late) - 1)})
-    return pandas.concat([fpt.compare(rows).assign(**{
-        key: [row[key] for row in rows] for key in ("begun", "jumps")}).set_index(
-        pandas.MultiIndex.from_tuples([(row["schedule"], row["task"], row["seed"]) for row in rows],
-                                      names=("name", "task", "seed"))) for rows in runs.values()])
+    log = pandas.DataFrame({key: cell[key] for key in ["step", "dev", "flops"]})
+    log["best"] = log.dev.cummax()
+    late = log.dev[log.step >= 0.6 * log.step.max()]
+    return cell | {
+        "schedule": cell["change"] or cell["schedule"],
+        "log": log,
+        "best_dev": log.best.max(),
+        "flops": log.flops.max(),
+        "begun": late.iloc[0],
+        "jumps": late.diff().abs().mean(),
+    }
 
 
-def per_task(frame, key: str):
-    """Of one column, groups by name: a row for each seed, columns for the tasks and their mean."""
+def compared(cells):
+    """The rows of `fpt.compare`, task by task; their index is name, task and seed."""
+    frames = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        runs = [as_result(cell) for cell in cells if cell["task"] == task]
+        frame = fpt.compare(runs)
+        for key in ["task", "seed", "begun", "jumps"]:
+            frame[key] = [run[key] for run in runs]
+        frames.append(frame)
+    frame = pandas.concat(frames).rename_axis("name")
+    return frame.set_index(["task", "seed"], append=True)
+
+
+def unchanged(record):
+    """The cells of a record without a change."""
+    return [cell for cell in record["cells"] if not cell["change"]]
+
+
+def per_task(frame, key):
+    """A column, grouped by name: rows for seeds, columns for tasks and their mean."""
     wide = frame[key].unstack("task")[frame.index.unique("task")]
     return wide.assign(mean=wide.mean(axis=1, skipna=False)).groupby("name")
 
 
-def spread(values) -> str:
+def spread(values):
     """Mean ± standard deviation over seeds, as text."""
     return f"{values.mean():.1f} ± {values.std():.1f}"
 
 
-def pooled(values) -> str:
+def pooled(values):
     """Mean and 95 % interval (Student's t) over all pairs of a task and a seed."""
     values = values.dropna()  # pairs that both have run
-    if not values.any():  # of a thing with itself
+    if not values.any():  # a run less itself
         return ""
-    bounds = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    return "{:+.1f} [{:.1f}, {:.1f}]".format(values.mean(), *bounds)
+    mean = values.mean()
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem()
+    return f"{mean:+.1f} [{mean - half:.1f}, {mean + half:.1f}]"
 
 
-def goals(frame):
-    """FLOPs to 99 % of the last score of `pt`, over those of `pt`: medians over seeds, as text."""
-    found = per_task(frame.fillna(math.inf), "to 99 %").median() / 100
-    return found.map("{:.2f}".format).replace("inf", "never")
+def differences(scores, bases):
+    """Scores less those of their bases, in pairs; {name: base} -> {name: text}."""
+    return {name: pooled(scores[name] - scores[base]) for name, base in bases.items()}
 
 
-def table(frame, names, base=lambda name: "pt"):
-    """Validation by task and of their mean; that less the base's, in pairs; FLOPs over `pt`'s."""
-    text, scores = per_task(frame, "validation").agg(spread).loc[[*names]], frame.validation
-    text["minus base [95 %]"] = [pooled(scores[name] - scores[base(name)]) if name != base(name)
-                                 else "" for name in names]
-    text["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
+def costs_of(frame):
+    """FLOPs over those of `pt`, as text."""
+    return (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
+
+
+def table(frame, bases):
+    """Validation by task and of their mean; that less the bases', in pairs; FLOPs."""
+    text = per_task(frame, "validation").agg(spread).loc[list(bases)]
+    text["minus base [95 %]"] = differences(frame.validation, bases)
+    text["FLOPs"] = costs_of(frame)
     return text
 
 
-def of_default(frame, seeds) -> pandas.DataFrame:
+def of_default(frame, seeds):
     """`pt` and `cr` of the default command, for some of its seeds."""
-    part, text = frame[frame.index.get_level_values("seed").isin(seeds)].groupby("name"), {}
-    for key in ("dev", "validation", "pt, same flops", "full alone"):
-        text[key] = part[key].agg(spread)
-    text["worst"] = part.validation.min().map("{:.1f}".format)
-    text["gain [95 %]"] = part.gain.agg(pooled)
-    for key, how in ("flops", "{:.3f}"), ("seconds", "{:.2f}"):
-        text[key] = (part[key].mean() / 100).map(how.format)
-    text["to 99 %"] = (part["to 99 %"].agg(lambda goal: goal.fillna(math.inf).median()) / 100).map(
-        "{:.2f}".format)
-    text = pandas.DataFrame(text).loc[["pt", "cr"]]
-    text.loc["pt", ["pt, same flops", "full alone"]] = ""
+    frame = frame[frame.index.isin(seeds, level="seed")]
+    rows = frame.fillna({"to 99 %": math.inf}).groupby("name")
+    text = rows[["dev", "validation", "pt, same flops"]].agg(spread)
+    text["worst"] = rows.validation.min().map("{:.1f}".format)
+    text["gain [95 %]"] = rows.gain.agg(pooled)
+    text["flops"] = costs_of(frame)
+    text["seconds"] = (rows.seconds.mean() / 100).map("{:.2f}".format)
+    text["to 99 %"] = (rows["to 99 %"].median() / 100).map("{:.2f}".format)
+    text.loc["pt", "pt, same flops"] = ""
+    text = text.loc[["pt", "cr"]]
     return text.rename(index=lambda name: f"`{name}`, seeds {seeds[0]} to {seeds[-1]}")
 
 
-def of_changes(frame) -> pandas.DataFrame:
-    """The changes to the default command, beside the same seeds of the unchanged one."""
-    names = ["pt", "cr", *DEFAULT]
-    seeds = frame.loc[names[-1]].index.unique("seed")
-    frame = frame[frame.index.get_level_values("seed").isin(seeds)]
-    part, scores = frame.groupby("name"), frame.validation
-    return pandas.DataFrame({
-        "validation": part.validation.agg(spread), "worst": part.validation.min().map(str),
-        "under 95": part.validation.agg(lambda score: f"{(score < 95).sum()} of {len(score)}"),
-        "minus unchanged [95 %]": {name: pooled(scores[name] - scores[name.partition(",")[0]])
-                                   if name in DEFAULT else "" for name in names},
-        "jumps": part.jumps.mean().map("{:.1f}".format),
-        "FLOPs": (part.flops.mean() / 100).map("{:.3f}".format)}).loc[names]
+def under_95(scores):
+    """How many scores are, as text."""
+    return f"{(scores < 95).sum()} of {len(scores)}"
 
 
-def markdown(title: str, text) -> str:
-    rows = ["", *text.columns], ["---"] * (1 + len(text.columns)), *text.itertuples()
-    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+def of_changes(frame):
+    """The changes to the default command, and the same seeds of the unchanged one."""
+    bases = {name: name[:2] for name in ["pt", "cr", *DEFAULT]}
+    seeds = frame.loc[DEFAULT[0]].index.unique("seed")
+    frame = frame[frame.index.isin(seeds, level="seed")]
+    rows = frame.groupby("name")
+    text = rows[["validation"]].agg(spread).loc[list(bases)]
+    text["worst"] = rows.validation.min().map(str)
+    text["under 95"] = rows.validation.agg(under_95)
+    text["minus unchanged [95 %]"] = differences(frame.validation, bases)
+    text["jumps"] = rows.jumps.mean().map("{:.1f}".format)
+    text["FLOPs"] = costs_of(frame)
+    return text
 
 
-def tables(record: dict) -> str:
+def gains(frame):
+    """Dev scores of schedules over `pt` at the same FLOPs."""
+    text = per_task(frame, "gain").mean().map("{:+.1f}".format).loc[SCHEDULES]
+    text["mean"] = frame.gain.groupby("name").agg(pooled)
+    text["paper: Improve"] = paper()["paper: Improve"]
+    text["`pt`, same FLOPs"] = per_task(frame, "pt, same flops")["mean"].agg(spread)
+    return text
+
+
+def goals(frame):
+    """FLOPs to 99 % of the last score of `pt`, over those of `pt`: medians."""
+    found = per_task(frame.fillna(math.inf), "to 99 %").median() / 100
+    return found.map("{:.2f}".format).replace("inf", "never").loc[SCHEDULES]
+
+
+def markdown(title, text):
+    """A table of texts with a title."""
+    head = ["", *text.columns]
+    lines = [title, ""]
+    for row in [head, ["---"] * len(head), *text.itertuples()]:
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def default_tables(cells):
+    """What the part default shows."""
+    frame = compared(cells)
+    seen = frame.index.unique("seed")
+    rows = []
+    for seeds in [range(8), range(8, 32)]:  # that chose things, and that did not
+        if seen.isin(seeds).any():
+            rows.append(of_default(frame, seeds))
+    found = [markdown("`python fpt.py`", pandas.concat(rows))]
+    if DEFAULT[0] in frame.index:
+        title = "The same with one thing done otherwise"
+        found.append(markdown(title, of_changes(frame)))
+    return found
+
+
+def part_tables(cells):
+    """What the part table shows."""
+    frame = compared(cells)
+    beside = paper().drop(columns="paper: Improve")
+    fixed = table(frame, dict.fromkeys(FIXED, "pt")).join(beside)
+    growing = table(frame, dict.fromkeys(["pt", *SCHEDULES], "pt")).join(beside)
+    return [
+        markdown("Fixed partial models", fixed),
+        markdown("Schedules", growing),
+        markdown("Gain over `pt` stopped early", gains(frame)),
+        markdown("FLOPs to 99 % of the score of `pt`", goals(frame)),
+    ]
+
+
+def transfer_tables(record):
+    """What the part transfer shows: means of tasks and seeds."""
+    parts = [pandas.DataFrame(row["validation"]) for row in record["transfer"]]
+    matrix = (sum(parts) / len(parts)).map("{:.1f}".format)
+    matrix = matrix.set_axis(FIXED, axis=0).set_axis(FIXED, axis=1)
+    cosine = pandas.DataFrame(record["cosines"], ["cosine"]).map("{:.3f}".format)
+    return [
+        markdown("Prompts (rows) on models", matrix),
+        markdown("Cosine with the prompt of `pt`", cosine),
+    ]
+
+
+def tables(record):
     """All that a record has cells for, as Markdown."""
-    cells, found = record["cells"], []
-    default = [cell for cell in cells if cell["task"] == "entailment"]
-    plain, changed = ([cell for cell in cells if cell["task"] in REPORTED and bool(
-        cell["change"]) == changes] for changes in (False, True))
+    default, plain, changed = [], [], []
+    for cell in record["cells"]:
+        if cell["task"] == "entailment":
+            default.append(cell)
+        elif not cell["change"]:
+            plain.append(cell)
+        elif cell["change"] in CHANGES:
+            changed.append(cell)
+    found = []
     if default:
-        frame = compared(default)
-        halves = [of_default(frame, seeds) for seeds in (range(8), range(8, 32))]
-        found += [markdown("`python fpt.py`, seeds that chose things and seeds that did not",
-                           pandas.concat(halves)),
-                  markdown("The same with one thing done otherwise", of_changes(frame))]
+        found += default_tables(default)
     if plain:
-        frame = compared(plain)
-        schedules = table(frame, ["pt", *PRESETS])
-        gains = per_task(frame, "gain").mean().map("{:+.1f}".format).loc[PRESETS]
-        gains["mean"] = [pooled(frame.gain[name]) for name in PRESETS]
-        gains["paper: Improve"] = PAPER["paper: Improve"]
-        for title, key in (("`pt`, same FLOPs", "pt, same flops"), ("full alone", "full alone")):
-            gains[title] = per_task(frame, key)["mean"].agg(spread)
-        found += [markdown("Fixed partial models", table(frame, FIXED).join(PAPER.iloc[:, :3])),
-                  markdown("Schedules", schedules.join(PAPER.iloc[:, :3])),
-                  markdown("Gain over `pt` stopped early", gains),
-                  markdown("FLOPs to 99 % of the score of `pt`", goals(frame).loc[PRESETS])]
+        found += part_tables(plain)
     if changed:
-        found.append(markdown("One change", table(compared(changed), CHANGES, lambda name: (
-            "pt" if name.startswith("pt,") and CHANGES[name].flags else "none"))))
+        bases = {name: change.base for name, change in CHANGES.items()}
+        found.append(markdown("One change", table(compared(changed), bases)))
     if "transfer" in record:
-        matrix = transferred(record).map("{:.1f}".format)
-        cosine = pandas.DataFrame(record["cosines"], ["cosine"]).map("{:.3f}".format)
-        found += [markdown("Prompts (rows) on models", matrix),
-                  markdown("Cosine with the prompt of `pt`", cosine)]
+        found += transfer_tables(record)
     return "\n".join(found)
 
 
-def summary(records: dict[str, dict]) -> pandas.DataFrame:
-    """The paper's Tables 1 and 2 on several models: means of the four tasks, in pairs less `pt`."""
-    found = {}
+def summary(records):
+    """The paper's Tables 1 and 2 on several models: means of the four tasks."""
+    names = [name for name in FIXED if re.search(r"0\.2|0\.5", name)] + SCHEDULES
+    text = pandas.DataFrame(index=names)
     for title, record in records.items():
-        frame = compared([cell for cell in record["cells"] if not cell["change"]])
-        for key, values in (("minus `pt`", frame.validation - frame.validation["pt"]),
-                            ("gain", frame.gain)):
-            found[f"{title}: {key}"] = values.groupby("name").agg(pooled)
-    found["FLOPs"] = (frame.flops.groupby("name").mean() / 100).map("{:.3f}".format)
-    fixed = [name for name in FIXED if re.search(r"0\.2|0\.5", name)]
-    text = pandas.DataFrame(found).loc[[*fixed, *PRESETS]].join(
-        PAPER[["paper: minus PT", "paper: Improve"]])
-    text.loc[fixed, [f"{title}: gain" for title in records]] = ""  # scored on a part
+        frame = compared(unchanged(record))
+        bases = dict.fromkeys(names, "pt")
+        text[f"{title}: minus `pt`"] = differences(frame.validation, bases)
+        gain = frame.gain.groupby("name").agg(pooled)
+        text[f"{title}: gain"] = gain[SCHEDULES]  # the others are scored on a part
+    text["FLOPs"] = costs_of(frame)
+    text = text.fillna("").join(paper()[["paper: minus PT", "paper: Improve"]])
     return text.rename(index="`{}`".format)
 
 
-def late(records: dict[str, dict]) -> pandas.DataFrame:
-    """Runs of `cr` by the dev score with which the full model begins: how many, and how many of
-    them end five points under `pt`. On tasks with two answers: half of them are right by chance.
+def late(records):
+    """Runs of `cr` with a low dev score when the full model began, and others.
+
+    And how many of both ended low, five points under `pt`. The tasks are those with two
+    answers: half of them are right by chance.
     """
     found = {}
     for title, record in records.items():
-        frame = compared([cell for cell in record["cells"]
-                          if not cell["change"] and cell["task"] != "slot"])
-        low, failed = frame.begun["cr"] < 65, frame.validation["cr"] < frame.validation["pt"] - 5
-        found[title] = {f"{what}{end}": str(count) for what, rows in (
-            ("under 65", low), ("others", ~low)) for end, count in (
-            ("", rows.sum()), (": of these end low", (rows & failed).sum()))}
-    return pandas.DataFrame(found).T
+        cells = [cell for cell in unchanged(record) if cell["task"] != "slot"]
+        frame = compared(cells)
+        low = frame.begun["cr"] < 65
+        failed = frame.validation["cr"] < frame.validation["pt"] - 5
+        found[title] = {
+            "under 65": low.sum(),
+            "under 65: of these end low": (low & failed).sum(),
+            "others": (~low).sum(),
+            "others: of these end low": (~low & failed).sum(),
+        }
+    return pandas.DataFrame(found).T.map(str)
 
 
-def transferred(record: dict) -> pandas.DataFrame:
-    """Validation of the prompts of FIXED (rows) on each of them: mean of tasks and seeds."""
-    rows = [pandas.DataFrame(row["validation"], FIXED, FIXED) for row in record["transfer"]]
-    return sum(rows) / len(rows)
+# ====== evidence/README.md ============================================================
+
+STUDIES = ["default", "study", "study-whole"]
+SPEEDS = ["speed-cpu", "speed-xeon", "speed-gpu"]
+MARK = "<!-- From here on: python evidence/study.py --tables -->\n\n"
 
 
-# ====== evidence/README.md ========================================================================
-
-RECORDS = {  # what each shows, and the command that made it
-    "default": ("the default command, 32 seeds, and two changes to it",
-                "study.py --out runs/default --part default --seed {0..31}"),
-    "study": ("four more tasks: parts of the model, schedules, one change at a time",
-              "study.py --out runs/study --part table change transfer"),
-    "study-whole": ("the first two of these on a model made without sub-networks",
-                    "study.py --out runs/study-whole --part table transfer --model "
-                    "runs/whole/model --steps 300 --eval-every 10"),
-    "speed-cpu": ("what an update costs on two cores of a CPU, in fp32; t5-small: speed alone",
-                  "bench.py --precision fp32 --attention sdpa --rounds 2"),
-    "speed-xeon": ("on eight of a CPU with bf16 units; fp32: one turn, sdpa alone",
-                   "bench.py --shape t5-base --part speed --threads 8 --rounds 2"),
-    "speed-gpu": ("on a GPU; its host was busy, so the smaller models vary by a third", "bench.py "
-                  "--shape t5-base t5-large v1.1-xl --precision bf16 --attention sdpa --rounds 5")}
-MARK = "<!-- From here on: python evidence/study.py --tables -->"
+def load(name):
+    """A record beside this file."""
+    return json.loads((HERE / f"{name}.json").read_text())
 
 
-def load(name: str) -> dict:
-    return json.loads(Path(__file__).with_name(f"{name}.json").read_text())
+def speeds(names):
+    """Examples per second of all ways, over those of PEFT grouped by length."""
+    columns = collections.defaultdict(dict)
+    for record in map(load, names):
+        machine = record["machine"]
+        chip = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+        chip = chip.partition("(")[0].split()[-1]  # EPYC, Intel, H200
+        for row in record["rows"]:
+            if row["part"] == "speed" and "grouped" not in row["way"]:
+                kind = f"{row['shape']}, {row['precision']}, {row['attention']}, {chip}"
+                columns[kind][row["way"]] = f"{row['over PEFT grouped']:.2f}"
+    return pandas.DataFrame(columns)
 
 
-def speeds(records) -> pandas.DataFrame:
-    """Examples per second of all ways, over those of PEFT's batches grouped by length."""
-    rows = []
-    for record in records:
-        made_on = record["machine"]["device"].replace("cpu", record["machine"]["cpu"])
-        rows += [{"way": row["way"], "text": f"{row['over PEFT grouped']:.2f}", "on": ", ".join((
-            row["shape"], row["precision"], row["attention"], made_on.split("(")[0].split()[-1]))}
-            for row in record["rows"] if row["part"] == "speed" and "grouped" not in row["way"]]
-    found = pandas.DataFrame(rows).pivot(index="way", columns="on", values="text").fillna("")
-    return found[[*dict.fromkeys(row["on"] for row in rows)]].loc[
-        [*dict.fromkeys(row["way"] for row in rows)]]
-
-
-def costs(record: dict) -> str:
+def costs(record):
     """A record of bench.py as Markdown."""
-    found, frame = [], pandas.DataFrame(record["rows"])
-    for names, rows in frame.groupby(["part", "shape", "precision"], sort=False):
-        text = rows.set_index("way").drop(columns=["part", "shape", "precision"])
-        text = text.dropna(axis=1, how="all").map(lambda value: value if isinstance(
-            value, str) else "" if math.isnan(value) else f"{value:.4g}")
+    found = []
+    frame = pandas.DataFrame(record["rows"])
+    keys = ["part", "shape", "precision"]
+    for names, rows in frame.groupby(keys, sort=False):
+        text = rows.set_index("way").drop(columns=keys).dropna(axis=1, how="all")
+        for name in text.select_dtypes("number"):
+            text[name] = text[name].map("{:.4g}".format).replace("nan", "")
         found.append(markdown(", ".join(names), text))
     return "\n".join(found)
 
 
-def readme() -> str:
+def readme():
     """evidence/README.md, its end made anew from the records."""
-    found, rows, records = [], {}, {name: load(name) for name in RECORDS}
-    for name, (what, command) in RECORDS.items():
-        record = records[name]
-        made_on = "; ".join(f"{key} {value}" for key, value in record["machine"].items())
-        rows[f"`{name}.json`"] = [what, f"`python evidence/{command}`", str(record["minutes"]),
-                                  made_on]
-        found.append(f"## {name}.json\n\n" + (costs if "rows" in record else tables)(record))
-    text = pandas.DataFrame(rows.values(), rows, ["what it shows", "made by", "minutes", "machine"])
-    head = Path(__file__).with_name("README.md").read_text().partition(MARK)[0]
-    both = summary({"shipped": records["study"], "brittle": records["study-whole"]})
-    begun = late({name: records[name] for name in ("default", "study", "study-whole")})
-    found[1:1] = [
-        markdown("## Parts and schedules, both models", both),
-        markdown("## Runs of `cr` by their dev score when the last stage begins", begun),
-        *(markdown(f"## Speed on {where}, over PEFT grouped by length with the same attention",
-                   speeds([records[name] for name in names]))
-          for where, names in (("CPUs", ("speed-cpu", "speed-xeon")), ("a GPU", ["speed-gpu"])))]
-    return "\n".join([head + MARK, markdown("", text), *found])
+    head, _, _ = (HERE / "README.md").read_text().partition(MARK)
+    records = {name: load(name) for name in STUDIES}
+    models = {"shipped": records["study"], "brittle": records["study-whole"]}
+    low = "## Runs of `cr` by their dev score when the last stage begins"
+    peft = "over PEFT grouped by length with the same attention"
+    found = [
+        f"## default.json\n\n{tables(records['default'])}",
+        markdown("## Parts and schedules, both models", summary(models)),
+        markdown(low, late(records)),
+        markdown(f"## Speed on CPUs, {peft}", speeds(SPEEDS[:2])),
+        markdown(f"## Speed on a GPU, {peft}", speeds(SPEEDS[2:])),
+    ]
+    for name in STUDIES[1:]:
+        found.append(f"## {name}.json\n\n{tables(records[name])}")
+    for name in SPEEDS:
+        found.append(f"## {name}.json\n\n{costs(load(name))}")
+    return head + MARK + "\n".join(found)
 
 
-# ====== Figures ===================================================================================
+# ====== Figures =======================================================================
 
 
-def draw_schedule(name: str = "cr", layers: int = 12):
-    """A column for each stage, as wide as its share of the updates; dark is what runs."""
+def draw_schedule():
+    """`cr` on 12 layers: a column for each stage, as wide as its share.
+
+    What runs is dark.
+    """
+    layers = 12
     plot = Figure(figsize=(7, 3.9), layout="constrained")
-    axes, start = plot.subplots(), 0.0
-    for depth, width, share in fpt.SCHEDULES[name]:
-        kept = fpt.kept_layers(layers, fpt.share_of(layers, depth))
-        for color, rows, part in ("0.9", range(layers), 1), ("0.25", kept, width):
-            axes.barh([row + 0.5 for row in rows], (share - 0.024) * part, 0.76, start + 0.012,
-                      color=color)
-        axes.text(start + share / 2, layers + 0.25, ha="center",
-                  s=f"{len(kept)} layers,\n{100 * width:g} % of d_ff")
-        start += share
+    axes = plot.subplots()
+    start = 0.0
+    for stage in fpt.SCHEDULES["cr"]:
+        kept = fpt.kept_layers(layers, fpt.round_half_up(stage.depth * layers))
+        left, wide = start + 0.012, stage.share - 0.024
+        every = [row + 0.5 for row in range(layers)]
+        axes.barh(every, wide, 0.76, left, color="0.9")
+        dark = [row + 0.5 for row in kept]
+        axes.barh(dark, wide * stage.width, 0.76, left, color="0.25")
+        text = f"{len(kept)} layers,\n{100 * stage.width:g} % of d_ff"
+        axes.text(start + stage.share / 2, layers + 0.25, text, ha="center")
+        start += stage.share
     axes.annotate("", (1, -1.1), (0, -1.1), arrowprops={"arrowstyle": "->"})
-    axes.text(0.5, -1, "the same prompt, the same optimiser", ha="center", va="bottom")
-    axes.set(xlim=(0, 1), ylim=(-1.6, layers + 2.2), xlabel="share of the updates", ylabel="layer")
+    text = "the same prompt, the same optimiser"
+    axes.text(0.5, -1, text, ha="center", va="bottom")
+    axes.set(xlim=(0, 1), ylim=(-1.6, layers + 2.2))
+    axes.set(xlabel="share of the updates", ylabel="layer")
     axes.set_yticks([0.5, layers - 0.5], [0, layers - 1])
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.spines[["top", "right", "left"]].set_visible(False)
     return plot
 
 
-def draw_curves(records: dict[str, dict], names):
-    """Best dev score so far against FLOPs, as a share of what `pt` spends: mean of tasks, seeds."""
+def draw_curves(records, names):
+    """Best dev score so far against FLOPs, of which 1 is what `pt` spends.
+
+    Means of tasks and seeds, for some schedules, with a panel for each record.
+    """
     plot = Figure(figsize=(1.2 + 2.4 * len(records), 3.4), layout="constrained")
     panels = plot.subplots(1, len(records), sharey=True, squeeze=False)[0]
-    for axes, (title, record) in zip(panels, records.items()):
-        cells = pandas.DataFrame(record["cells"]).query("change == ''")
+    colors, styles = {"cr": "0.35", "fast": "0.1"}, {"cr": "--", "fast": ":"}
+    for axes, title in zip(panels, records, strict=True):
+        cells = pandas.DataFrame(unchanged(records[title]))
         cells = cells.set_index(["schedule", "task", "seed"])
         ends = cells.flops["pt"].str[-1]
-        for name, color, line in zip(names, ("black", "0.35", "0.1"), ("-", "--", ":")):
-            flops, dev = (pandas.DataFrame(cells[key][name].to_list(), cells.loc[name].index)
-                          for key in ("flops", "dev"))  # a row for each task and seed
-            x, y = flops.div(ends, axis=0).mean().to_list(), dev.cummax(axis=1).mean().to_list()
-            axes.plot(x, y, line, color=color, lw=2.2, marker="o", markevery=[-1],
-                      label=f"{name}: {y[-1]:.1f}")
+        for name in names:
+            rows = cells.loc[name]  # one for each task and seed
+            flops = pandas.DataFrame(rows.flops.to_list(), rows.index)
+            dev = pandas.DataFrame(rows.dev.to_list(), rows.index)
+            x = flops.div(ends, axis=0).mean().to_list()
+            y = dev.cummax(axis=1).mean().to_list()
+            how = {"color": colors.get(name, "black"), "ls": styles.get(name, "-")}
+            how |= {"lw": 2.2, "marker": "o", "markevery": [-1]}
+            axes.plot(x, y, **how, label=f"{name}: {y[-1]:.1f}")
         axes.set(title=title, xlabel="training FLOPs (1: all of pt's)", xlim=(0, 1.03))
         axes.legend(loc="lower right", frameon=False)
     panels[0].set_ylabel("best dev score so far, %")
     return plot
 
 
+def write_tables():
+    """Write evidence/README.md and the pictures anew."""
+    (HERE / "README.md").write_text(readme())
+    default = load("default")
+    default["cells"] = [cell for cell in default["cells"] if cell["seed"] >= 8]
+    default = {"the default command, seeds 8 to 31": default}
+    studies = {"shipped": load("study"), "brittle": load("study-whole")}
+    draw_schedule().savefig(HERE / "schedule.png", dpi=120)
+    draw_curves(default, ["pt", "cr"]).savefig(HERE / "default.png", dpi=120)
+    draw_curves(studies, MOST).savefig(HERE / "study.png", dpi=120)
+
+
+# ====== Command line ==================================================================
+
+
 def make_parser():
-    parser = argparse.ArgumentParser("study.py", description=__doc__.splitlines()[0])
-    what, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    parser = argparse.ArgumentParser("study.py", description=__doc__.partition("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="folder of the study")
-    what.add_argument("--show", type=Path, help="print the tables of a study.json, run nothing")
-    what.add_argument("--tables", action="store_true", help="write README.md and pictures anew")
+    what.add_argument("--show", type=Path, help="print the tables of a study.json")
+    what.add_argument("--tables", action="store_true", help="write README.md anew")
+    add = parser.add_argument
     add("--part", nargs="+", choices=PARTS, default=PARTS, help="(all)")
-    add("--seed", type=int, nargs="+", default=[*range(8)], help="(%(default)s)")
-    add("--model", type=Path, default=ROOT / "micro" / "model", help="a micro model (the shipped)")
-    add("--steps", type=int, default=600, help="updates; of the part change half (%(default)s)")
-    add("--eval-every", type=int, default=20, help="(%(default)s)")
-    add("--processes", type=int, default=2, help="(%(default)s)")
+    add("--seed", type=int, nargs="+", default=list(range(8)), help="(0 to 7)")
+    add("--model", type=Path, default=fpt.MICRO / "model", help="(the shipped one)")
+    add("--steps", type=int, default=600, help="updates; half in the part change (600)")
+    add("--eval-every", type=int, default=20, help="(20)")
+    add("--processes", type=int, default=2, help="(2)")
     return parser
 
 
-def main(args) -> None:
+def run(args):
+    """Run all cells that are asked for, and write the record of them."""
+    make.main(["--tasks", str(args.out / "tasks")])  # the same bytes each time
+    machine = bench.machine(torch.device("cpu"))
+    record = {"machine": machine, "minutes": 0, "cells": []}
+    jobs = cells(args.part, args.seed)
+    fork = multiprocessing.get_context("fork")
+    with futures.ProcessPoolExecutor(args.processes, fork) as pool:
+        for row in pool.map(functools.partial(run_cell, args), jobs):
+            record["cells"].append(row)
+            print(f"{len(record['cells'])}/{len(jobs)}", json.dumps(row), flush=True)
+        if "transfer" in args.part:
+            pairs = itertools.product(REPORTED, args.seed[:5])
+            of_pt = [Cell(task, "pt", "", seed) for task, seed in pairs]
+            rows = pool.map(functools.partial(transfer, args), of_pt)
+            record["transfer"] = list(rows)
+            record["cosines"] = cosines(args)
+    seconds = sum(cell["seconds"] for cell in record["cells"])
+    record["minutes"] = round(seconds / 60)
+    bench.write_record(args.out / "study.json", record)
+    print(tables(record))
+
+
+def main(args):
     if args.show:
         print(tables(json.loads(args.show.read_text())))
-        return
-    if args.tables:
-        here = Path(__file__).parent
-        (here / "README.md").write_text(readme())
-        studies = {"shipped": load("study"), "brittle": load("study-whole")}
-        default = load("default")
-        default["cells"] = [cell for cell in default["cells"] if cell["seed"] >= 8]
-        default = {"the default command, seeds 8 to 31": default}
-        for name, plot in {"schedule": draw_schedule(), "default": draw_curves(default, MOST[:2]),
-                           "study": draw_curves(studies, MOST)}.items():
-            plot.savefig(here / f"{name}.png", dpi=120)
-        return
-    make.main(["--tasks", str(args.out / "tasks")])  # the same bytes each time
-    record = {"machine": bench.machine(torch.device("cpu")), "minutes": 0, "cells": []}
-    jobs, fork = cells(args.part, args.seed), multiprocessing.get_context("fork")
-    with futures.ProcessPoolExecutor(args.processes, fork) as pool:
-        rows = pool.map(run_cell, itertools.repeat(args), jobs)
-        for number, (cell, row) in enumerate(zip(jobs, rows), 1):
-            record["cells"].append(row)
-            print(f"{number}/{len(jobs)}", *cell, row["validation"], flush=True)
-        if "transfer" in args.part:
-            pairs = zip(*itertools.product(REPORTED, args.seed[:5]))
-            record["transfer"] = list(pool.map(transfer, itertools.repeat(args), *pairs))
-            record["cosines"] = cosines(args)
-    record["minutes"] = round(sum(cell["seconds"] for cell in record["cells"]) / 60)
-    bench.write_record(args.out / "study.json", record)
-    print(f"{tables(record)}\n{len(record['cells'])} cells: {args.out / 'study.json'}")
+    elif args.tables:
+        write_tables()
+    else:
+        run(args)
 
 
 if __name__ == "__main__":
