@@ -28,7 +28,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import datasets
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
 from packaging.requirements import Requirement
@@ -105,28 +104,27 @@ def test_the_command_tunes_a_prompt_and_leaves_its_files(here, tmp_path):
 
     assert 0 <= result["validation"] <= 100
     assert not load_prompt(tmp_path / "out/cr-seed0/prompt").equal(START)
-    assert contents(tmp_path / "out").keys() == {
-        "cr-seed0/log.jsonl",
-        "cr-seed0/predictions.jsonl",
-        "cr-seed0/prompt/adapter_config.json",
-        "cr-seed0/prompt/adapter_model.safetensors",
-        "cr-seed0/results.json",
+    assert {path.name for path in tmp_path.glob("out/**/*.*")} >= {
         "settings.json",
+        "log.jsonl",
+        "results.json",
+        "predictions.jsonl",
+        "adapter_config.json",
+        "adapter_model.safetensors",
     }
 
 
 # ====== Tiny models, a tokenizer and a task, made here ================================
 
+TOKENIZER = transformers.ByT5Tokenizer()  # a token is a byte; it needs no files
 KINDS = ["v1.0", "v1.1", "mt5"]  # ReLU and tied head; gated and untied; the same as mT5
-WORDS = ["<pad>", "</s>", "<unk>", "<extra_id_0>", "yes", "no"]
-WORDS += [f"w{i:02}" for i in range(50)]
 
 
 def tiny(kind="v1.1", seed=0, **changes):
     """A random, frozen T5. Half of it would drop out if anything turned dropout on."""
     torch.manual_seed(seed)
     sizes = {
-        "vocab_size": 64,
+        "vocab_size": 384,
         "d_model": 16,
         "d_kv": 4,
         "num_heads": 3,  # 3 heads of 4 are not d_model
@@ -139,14 +137,11 @@ def tiny(kind="v1.1", seed=0, **changes):
     }
     if kind != "v1.0":
         sizes |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    if kind == "mt5":
-        config = transformers.MT5Config(**sizes)
-        model = transformers.MT5ForConditionalGeneration(config)
-    else:
-        config = transformers.T5Config(**sizes)
-        model = transformers.T5ForConditionalGeneration(config)
+    family = "mt5" if kind == "mt5" else "t5"
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config)
     if kind != "v1.0":  # transformers 5 ties the head of every new model
-        model.lm_head.weight = torch.nn.Parameter(torch.randn(64, 16))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(384, 16))
     return model.eval().requires_grad_(False)
 
 
@@ -176,32 +171,11 @@ def five():
     return collate(FIVE, "cpu")
 
 
-def new_tokenizer():
-    """A word is a token; <extra_id_0> is special, as in T5's own tokenizer."""
-    ids = {word: i for i, word in enumerate(WORDS)}
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, "<unk>"))
-    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    core.post_processor = tokenizers.processors.TemplateProcessing(
-        "$A </s>", special_tokens=[("</s>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<extra_id_0>"],
-    )
-
-
-TOKENIZER = new_tokenizer()
-
-
 def examples(first, last):
-    """Sources of 1 to 9 words, all different."""
+    """Sources of 1 to 10 letters and digits, all different."""
     rows = []
     for i in range(first, last):
-        words = [f"w{i * j % 50:02}" for j in range(1, i % 9 + 2)]
-        rows.append(Example(" ".join(words), [("yes", "no")[i % 2]]))
+        rows.append(Example("a" * (i % 9) + str(i), [("yes", "no")[i % 2]]))
     return rows
 
 
@@ -211,14 +185,13 @@ def some_task(labels=("yes", "no"), train=None, max_source=99, **more):
     return task
 
 
-def write_task(folder, labels=("yes", "no"), validation=12):
-    """40 train examples, each of them twice."""
+def write_task(folder, labels=("yes", "no")):
+    """40 train examples, each of them twice, and 11 of validation."""
     folder.mkdir()
     spec = {"labels": labels, "prefix": "<extra_id_0>"}
     (folder / "task.json").write_text(json.dumps(spec))
     train = examples(0, 40) + examples(0, 40)
-    parts = {"train": train, "validation": examples(40, 40 + validation)}
-    for name, rows in parts.items():
+    for name, rows in [("train", train), ("validation", examples(40, 51))]:
         with open(folder / f"{name}.jsonl", "w") as file:
             for row in rows:
                 line = {"source": row.source, "target": row.answers[0]}
@@ -244,28 +217,16 @@ def flags(here, out, *more):
 
 
 def contents(out):
-    """The files in a folder, less what two runs of the same settings differ in."""
+    """The files in a folder, but for those that hold seconds or the folder's name."""
     found = {}
     for path in sorted(out.rglob("*.*")):
-        name = path.relative_to(out).as_posix()
-        if path.name in ("settings.json", "results.json"):
-            found[name] = {**json.loads(path.read_text()), "out": "", "seconds": 0}
-        elif path.name != "state.pt":
-            found[name] = path.read_bytes()
+        if path.name not in ("settings.json", "results.json", "state.pt"):
+            found[path.relative_to(out)] = path.read_bytes()
     return found
 
 
 def json_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def python(*arguments, cwd, **environment):
-    """A fresh interpreter, which does not stand in the repository."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, **environment}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, text=True, capture_output=True, timeout=150
-    )
 
 
 # ====== 1 Partial models ==============================================================
@@ -313,21 +274,16 @@ def size(model):
     return len(blocks), ffn(blocks[0]).wo.in_features
 
 
-EVERY = [0, 1, 2, 3, 4, 5]
-
-
-def stock(kind, encoder=EVERY, decoder=EVERY):
+def stock(kind, encoder, decoder):
     """A model built small from a config, with copies of these blocks of tiny(kind)."""
     model = tiny(kind)
     depths = {"num_layers": len(encoder), "num_decoder_layers": len(decoder)}
     small = tiny(kind, seed=1, **depths)
-    small.shared.load_state_dict(model.shared.state_dict())
-    small.lm_head.load_state_dict(model.lm_head.state_dict())
-    for name, kept in [("encoder", encoder), ("decoder", decoder)]:
-        ours, theirs = getattr(small, name), getattr(model, name)
-        ours.final_layer_norm.load_state_dict(theirs.final_layer_norm.state_dict())
-        for block, index in zip(ours.block, kept, strict=True):
-            block.load_state_dict(theirs.block[index].state_dict())
+    small.load_state_dict(model.state_dict(), strict=False)  # all but the right blocks
+    for side, kept in [("encoder", encoder), ("decoder", decoder)]:
+        for place, index in enumerate(kept):
+            block = getattr(model, side).block[index]
+            getattr(small, side).block[place].load_state_dict(block.state_dict())
     small.config.num_layers = 6  # transformers sizes the decoder's cache by it
     return small
 
@@ -352,9 +308,9 @@ def assert_same_function(model, expected, atol=0):
 @parametrize(
     "depth, decoder, kept",
     [
-        (1, True, (EVERY, EVERY)),
+        (1, True, (range(6), range(6))),
         (0.25, True, ([0, 5], [0, 5])),
-        (0.5, False, ([0, 2, 5], EVERY)),
+        (0.5, False, ([0, 2, 5], range(6))),
     ],
 )
 @parametrize("kind", KINDS)
@@ -370,12 +326,12 @@ def test_a_model_of_fewer_layers_is_a_stock_model(kind, depth, decoder, kept):
 @parametrize("kind", KINDS)
 def test_a_model_of_fewer_neurons_is_a_stock_model_with_silenced_ones(kind):
     scores = random_scores()
-    silenced = stock(kind, [0, 2, 5], [0, 2, 5])
+    kept = [0, 2, 5]
+    silenced = stock(kind, kept, kept)
     for side in scores:
-        blocks = getattr(silenced, side).block
-        for block, row in zip(blocks, scores[side][[0, 2, 5]], strict=True):
-            tenth = row.sort(descending=True).values[9]  # 0.3 of 32 are 9.6
-            ffn(block).wo.weight[:, row < tenth] = 0
+        for place, index in enumerate(kept):
+            quiet = scores[side][index].argsort()[:22]  # 0.3 of 32 are 9.6: ten stay
+            ffn(getattr(silenced, side).block[place]).wo.weight[:, quiet] = 0
 
     partial = partial_t5(tiny(kind), 0.5, 0.3, scores)
 
@@ -388,9 +344,8 @@ def test_kept_neurons_stay_in_order_and_the_first_of_equals_stay():
 
     partial = partial_t5(model, 1, 0.375, {"encoder": scores}, decoder=False)
 
-    whole, kept = ffn(model.encoder.block[4]), ffn(partial.encoder.block[4])
-    assert kept.wi.weight.equal(whole.wi.weight[[2, 3, 7]])
-    assert kept.wo.weight.equal(whole.wo.weight[:, [2, 3, 7]])
+    whole = ffn(model.encoder.block[4]).wi.weight
+    assert ffn(partial.encoder.block[4]).wi.weight.equal(whole[[2, 3, 7]])
 
 
 def test_all_tensors_are_shared_but_those_of_narrowed_ffns():
@@ -399,11 +354,7 @@ def test_all_tensors_are_shared_but_those_of_narrowed_ffns():
 
     partial = partial_t5(model, 0.1, 0.25, random_scores(), decoder=False)
 
-    new = []
-    for name, tensor in partial.named_parameters():
-        assert not tensor.requires_grad
-        if id(tensor) not in shared:
-            new.append(name)
+    new = [name for name, x in partial.named_parameters() if id(x) not in shared]
     assert new == [
         "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
         "encoder.block.0.layer.1.DenseReluDense.wi_1.weight",
@@ -431,15 +382,16 @@ def test_a_model_of_another_kind_is_refused(config):
         partial_t5(model, 0.5, 1)
 
 
-@parametrize("depth, width", [(0, 1), (1.01, 1), (math.nan, 1), (1, 0), (1, 1.01)])
-def test_a_share_outside_0_and_1_is_refused(depth, width):
-    with raises(ValueError, match=r"\(0, 1\]"):
-        partial_t5(tiny(), depth, width, random_scores())
+@parametrize(
+    "depth, width",
+    [(0, 1), (1.01, 1), (math.nan, 1), (1, 0), (1, 1.01), (1, 0.5)],
+)
+def test_shares_outside_0_and_1_and_width_without_scores_are_refused(depth, width):
+    with raises(ValueError, match=r"\(0, 1\]; width < 1 needs scores"):
+        partial_t5(tiny(), depth, width)
 
 
-def test_neurons_are_not_dropped_without_scores_or_by_those_of_another_model():
-    with raises(ValueError, match="needs scores"):
-        partial_t5(tiny(), 1, 0.5)
+def test_scores_of_another_model_are_refused():
     with raises(ValueError, match="scores belong to"):
         partial_t5(tiny(d_ff=8), 1, 0.5, random_scores())
 
@@ -451,10 +403,9 @@ def activations(model, prompt, row):
     def watch(net, args):
         [x] = args[0]  # [positions, d]
         if hasattr(net, "wi"):
-            activation = torch.relu(net.wi(x))
+            activation = net.act(net.wi(x))
         else:
-            gate = torch.nn.functional.gelu(net.wi_0(x), approximate="tanh")
-            activation = gate * net.wi_1(x)
+            activation = net.act(net.wi_0(x)) * net.wi_1(x)
         found.append(activation.abs().mean(0))
 
     model = copy.deepcopy(model)
@@ -570,21 +521,19 @@ def test_a_stage_of_less_than_half_an_update_is_passed_by():
 
 
 @parametrize("backward", [False, True])
-@parametrize(
-    "depth, width, decoder", [(1, 1, True), (0.5, 0.25, True), (0.5, 1, False)]
-)
+@parametrize("depth, width", [(1, 1), (0.5, 0.25)])
 @parametrize("kind", KINDS)
-def test_step_flops_equal_pytorchs_counter(kind, depth, width, decoder, backward):
+def test_step_flops_equal_pytorchs_counter(kind, depth, width, backward):
     model = tiny(kind)
     model.set_attn_implementation("eager")  # of others it misses attention products
-    partial = partial_t5(model, depth, width, random_scores(), decoder)
+    partial = partial_t5(model, depth, width, random_scores())
     embeds = torch.zeros(2, 11, 16, requires_grad=backward)
-    labels = torch.ones(2, 6, dtype=torch.long)
+    labels = torch.ones(2, 6).long()
 
     with FlopCounterMode(display=False) as counter:
-        output = partial(inputs_embeds=embeds, labels=labels)
+        loss = partial(inputs_embeds=embeds, labels=labels).loss
         if backward:
-            output.loss.backward()
+            loss.backward()
 
     assert step_flops(partial, 2, 11, 6, backward) == counter.get_total_flops()
 
@@ -637,17 +586,17 @@ def test_a_prompt_stands_before_the_source_and_is_attended_to():
 
     embeds, mask = SoftPrompt(START)(model, batch)
 
-    assert embeds[:, :P].equal(START.expand(5, P, 16))
-    assert embeds[:, P:].equal(model.shared(batch["input_ids"]))
-    assert mask[:, :P].all()
-    assert mask[:, P:].equal(batch["attention_mask"])
+    source = model.shared(batch["input_ids"])
+    ones = torch.ones(5, P).long()
+    assert embeds.equal(torch.cat([START.expand(5, P, 16), source], dim=1))
+    assert mask.equal(torch.cat([ones, batch["attention_mask"]], dim=1))
 
 
-def peft_model(kind="v1.1", **how):
+def peft_model(**how):
     config = peft.PromptTuningConfig(
         task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, **how
     )
-    model = peft.get_peft_model(tiny(kind), config).eval()
+    model = peft.get_peft_model(tiny(), config).eval()
     return model, model.prompt_encoder["default"].embedding.weight
 
 
@@ -691,17 +640,15 @@ def test_more_vocab_vectors_than_tokens_are_refused():
 @parametrize("kind", KINDS)
 def test_peft_loads_a_saved_prompt_and_computes_the_same(kind, tmp_path):
     model, batch = tiny(kind), five()
-    prompt = 3 * START
-    embeds, mask = SoftPrompt(prompt)(model, batch)
+    embeds, mask = SoftPrompt(START)(model, batch)
     ours = {"inputs_embeds": embeds, "attention_mask": mask}
 
-    save_prompt(tmp_path, prompt, "any")
+    save_prompt(tmp_path, START, "any")
     theirs = peft.PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
 
-    logits = theirs(**batch).logits
-    assert not torch.allclose(logits, model(**batch).logits, atol=0.01)  # not ignored
-    labels = batch.pop("labels")
-    assert logits.equal(model(**ours, labels=labels).logits)
+    logits = model(**ours, labels=batch["labels"]).logits
+    assert theirs(**batch).logits.equal(logits)
+    del batch["labels"]
     assert theirs.generate(**batch, **EIGHT).equal(model.generate(**ours, **EIGHT))
 
 
@@ -789,18 +736,6 @@ def train(schedule, state, **changes):
     )
 
 
-def test_evaluations_are_of_the_final_model():
-    judged = []
-
-    def evaluate(model, prompt):
-        judged.append(size(model))
-        return 0.0
-
-    *_, run = train("cr", start(), evaluate=evaluate)
-
-    assert judged == [(6, 32)] * 4
-
-
 def test_the_ledger_adds_up_every_batch_as_it_was_padded():
     model = tiny()
     half = partial_t5(model, 0.5, 0.5, random_scores(), decoder=False)
@@ -822,13 +757,7 @@ def test_the_weights_of_the_model_stay_as_they_are():
 
     *_, run = train("cr", start(), model=model)
 
-    for tensor, expected in zip(model.parameters(), tiny().parameters(), strict=True):
-        assert tensor.equal(expected)
-        assert tensor.grad is None
-
-
-def root_mean_square(tensor):
-    return tensor.square().mean().sqrt().item()
+    assert_same_function(model, tiny())
 
 
 def test_pt_is_prompt_tuning_as_peft_does_it():
@@ -863,15 +792,16 @@ def test_a_run_goes_on_from_any_evaluation_to_the_same_bytes(step):
     assert again.log == run.log
 
 
-def test_the_best_prompt_is_the_later_of_equals():
+def test_the_best_prompt_on_the_final_model_is_the_later_of_equals():
     scores = [10.0, 30.0, 30.0, 20.0]
     judged = []
 
     def evaluate(model, prompt):
+        assert size(model) == (6, 32)
         judged.append(prompt.weight.clone())
         return scores[len(judged) - 1]
 
-    *_, run = train("pt", start(), evaluate=evaluate)
+    *_, run = train("cr", start(), evaluate=evaluate)
 
     assert [row["best"] for row in run.log] == [10, 30, 30, 30]
     assert run.best_step == 15
@@ -879,20 +809,20 @@ def test_the_best_prompt_is_the_later_of_equals():
 
 
 def test_a_logged_loss_is_the_mean_since_the_last_evaluation():
-    *_, single = train("pt", start(), steps=3, eval_every=1)
+    losses = iter(torch.tensor([1.0, 3.0, 5.0]))
 
-    *_, run = train("pt", start(), steps=3, eval_every=2)
+    def gradient(*how):
+        return next(losses), torch.zeros(P, 16)
 
-    first, second, last = [row["loss"] for row in single.log]
-    losses = [row["loss"] for row in run.log]
-    assert losses == approx([(first + second) / 2, last])
+    *_, run = train("pt", start(), steps=3, eval_every=2, gradient=gradient)
+
+    assert [row["loss"] for row in run.log] == [2, 5]
 
 
-@parametrize("bad_loss, bad_grad", [(math.nan, 1), (1, math.inf)])
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(bad_loss, bad_grad):
-    def gradient(model, prompt, batch):
-        loss, grad = fpt.gradient(model, prompt, batch)
-        return loss * bad_loss, grad * bad_grad
+@parametrize("loss, slope", [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, slope):
+    def gradient(*how):
+        return torch.tensor(loss), torch.full_like(START, slope)
 
     with raises(FloatingPointError, match=r"update 5\b"):
         *_, run = train("pt", start(), gradient=gradient)
@@ -935,14 +865,14 @@ def test_exercise_3_shares_of_equal_cost():
     model = on_meta(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
     scores = {"encoder": [torch.arange(3072)] * 12}
 
-    costs = []
+    inverse = []
     for share in [0.25, 0.5, 0.75, 1]:
         partial = partial_t5(model, share, share, scores, decoder=False)
-        costs.append(step_flops(partial, 32, 102, 6))
+        inverse.append(1 / step_flops(partial, 32, 102, 6))
 
-    total = sum(1 / cost for cost in costs)
-    assert [round(1 / cost / total, 2) for cost in costs] == [0.42, 0.27, 0.18, 0.13]
-    assert round(4 / total / costs[3], 2) == 0.51  # FLOPs over pt's
+    total = sum(inverse)
+    assert [round(x / total, 2) for x in inverse] == [0.42, 0.27, 0.18, 0.13]
+    assert round(4 * inverse[3] / total, 2) == 0.51  # FLOPs over pt's
 
 
 # ====== 6 Tasks and data ==============================================================
@@ -984,7 +914,6 @@ def test_a_task_of_the_hub_is_loaded_by_its_name(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load_task("mnli", dev=1)
 
-    assert len(task.train) == 2
     assert task.validation[0].answers[0] == "neutral"
 
 
@@ -993,17 +922,11 @@ def test_a_row_without_a_label_is_refused():
         hub_examples(fpt.TASKS["sst2"], {"sentence": "s", "label": -1})
 
 
-@parametrize(
-    "name, answers, right",
-    [
-        ("squad2", {"text": ["a b", "a", "a b"]}, ["a b", "a"]),
-        ("squad2", {"text": []}, ["no answer"]),
-    ],
-)
-def test_the_first_answer_of_squad_is_learned_and_any_is_right(name, answers, right):
-    row = {"context": "C", "question": "Q", "answers": answers}
+@parametrize("texts, right", [(["a b", "a", "a b"], ["a b", "a"]), ([], ["no answer"])])
+def test_the_first_answer_of_squad_is_learned_and_any_is_right(texts, right):
+    row = {"context": "C", "question": "Q", "answers": {"text": texts}}
 
-    [example] = hub_examples(fpt.TASKS[name], row)
+    [example] = hub_examples(fpt.TASKS["squad2"], row)
 
     assert example.source == "question: Q context: C"
     assert list(dict.fromkeys(example.answers)) == right
@@ -1047,9 +970,8 @@ def test_dev_is_a_fifth_of_train_at_most(here):
 def test_a_limit_takes_a_sample_of_validation(here):
     task = load_task(f"{here}/task", dev=6, limit=5)
 
-    places = [examples(40, 52).index(row) for row in task.validation]
-    assert len(set(places)) == 5
-    assert max(places) > 4
+    places = {examples(40, 51).index(row) for row in task.validation}
+    assert len(places) == 5 < max(places)
 
 
 @parametrize(
@@ -1075,28 +997,27 @@ def test_a_bad_task_folder_names_file_and_line(name, content, says, tmp_path):
 
 
 def test_sources_and_texts_are_cut_and_still_end(capsys):
-    row = Example("no no no no", ["yes hm w01"])
+    row = Example("nonono", ["<unk>yes"])
 
     some_task(labels=(), train=[row], max_source=3, max_target=4)
 
-    assert row.source_ids.tolist() == [5, 5, 1]
-    assert row.target_ids.tolist() == [3, 4, 2, 1]  # the prefix comes first
-    assert re.fullmatch(
-        "warning: 1 .*\nwarning: 1 .*unknown.*\n", capsys.readouterr().out
-    )
+    assert row.source_ids.tolist() == [113, 114, 1]
+    assert row.target_ids.tolist() == [259, 2, 124, 1]  # the prefix comes first
+    warnings = capsys.readouterr().out
+    assert re.fullmatch("warning: 1 .*max_target\nwarning: 1 .*unknown.*\n", warnings)
 
 
 def test_labels_are_not_cut():
-    row = Example("w00", ["no yes"])
+    row = Example("a", ["no"])
 
-    some_task(labels=("yes", "no yes"), train=[row], prefix="", max_target=2)
+    some_task(train=[row], prefix="", max_target=2)
 
-    assert row.target_ids.tolist() == [5, 4, 1]
+    assert row.target_ids.tolist() == [113, 114, 1]
 
 
 def test_labels_of_the_same_tokens_are_refused():
-    with raises(ValueError, match="hm.*eh.*same tokens"):
-        some_task(labels=("hm", "eh"))
+    with raises(ValueError, match="same tokens"):
+        some_task(labels=("no", "no"))
 
 
 def test_a_batch_is_padded_to_its_longest_and_masked():
@@ -1109,49 +1030,42 @@ def test_a_batch_is_padded_to_its_longest_and_masked():
     }
 
 
-def drawn(updates, count, **how):
-    """The numbers of the examples in the first updates."""
-    batches = itertools.islice(numbered(count, **how), updates)
-    return [batch[:, 0].tolist() for batch in batches]
-
-
-def numbered(count, **how):
+def drawn(count, updates, **how):
     """Batches of 4; an example's tokens are its number, as often as it is long."""
     rows = [example([i] * (i * 7 % 19 + 1)) for i in range(1, count + 1)]
-    for batch in fpt.batches(rows, 4, "cpu", **{"seed": 0, "pool": 3, **how}):
-        yield batch["input_ids"]
+    stream = fpt.batches(rows, 4, "cpu", **{"seed": 0, "pool": 3, **how})
+    return [next(stream)["input_ids"].tolist() for _ in range(updates)]
 
 
 @parametrize("count, updates", [(40, 10), (43, 10), (7, 1)])
 def test_no_example_comes_twice_in_a_pass(count, updates):
-    found = drawn(3 * updates, count)
-
-    for used in torch.tensor(found).view(3, 4 * updates).tolist():
-        assert len(set(used)) == 4 * updates
+    for number in range(3):
+        batches = drawn(count, updates, first=number * updates + 1)
+        used = [row[0] for batch in batches for row in batch]
+        assert len(set(used)) == len(used) == 4 * updates
 
 
 @parametrize("update", [2, 5, 10, 11, 14, 30])
 def test_a_batch_depends_on_seed_and_update_alone(update):
-    [found] = drawn(1, 43, first=update)
+    [found] = drawn(43, 1, first=update)
 
-    assert found == drawn(40, 43)[update - 1]
-    assert found not in drawn(40, 43, seed=1)
+    assert found == drawn(43, 40)[update - 1]
+    assert found not in drawn(43, 40, seed=1)
 
 
 def test_batches_of_similar_lengths_are_padded_less():
     padding = {}
     for pool in [50, 1]:
-        batches = itertools.islice(numbered(400, pool=pool), 100)
-        padding[pool] = sum((batch == 0).sum() for batch in batches)
+        batches = drawn(400, 100, pool=pool)
+        padding[pool] = sum(row.count(0) for batch in batches for row in batch)
 
     assert padding[50] < 0.2 * padding[1]
 
 
 def test_sources_in_train_and_labels_without_examples_are_warned_of(capsys):
-    rows = [Example("w01", ["yes"])]
+    rows = [Example("a", ["yes"])]
 
-    fpt.warn(Task(labels=("yes", "no"), train=rows, validation=rows))
-    fpt.warn(Task(labels=("yes",), train=rows))
+    fpt.warn(Task(labels=["yes", "no"], train=rows, validation=rows))
 
     warnings = capsys.readouterr().out
     assert re.fullmatch("warning: 1 .*in train.*\nwarning: .*'no'.*\n", warnings)
@@ -1220,46 +1134,44 @@ def test_rouge_l_by_hand(prediction, answers, expected):
     assert found == approx(expected, abs=0.1)
 
 
-OTHER = tiny(seed=1).shared.weight[:P]  # a prompt that the model does not know
-
-
 def test_a_predicted_label_is_the_likeliest_by_separate_forwards():
     model = tiny()
-    labels = ["yes", "no", "w07 w08"]  # of different lengths: a sum, not a mean
+    labels = ["yes", "no", "never"]  # of different lengths: a sum, not a mean
     task = some_task(labels, prefix="")
     expected = []
     for row in task.train:
         losses = []
         for label in labels:
             ids = torch.tensor([TOKENIZER(label).input_ids])
-            output = model(inputs_embeds=alone(model, OTHER, row), labels=ids)
-            losses.append(output.loss.item() * ids.numel())
+            output = model(inputs_embeds=alone(model, START, row), labels=ids)
+            losses.append(output.loss * ids.numel())
         expected.append(labels[losses.index(min(losses))])
 
-    _, texts = evaluate(model, SoftPrompt(OTHER), task, task.train)
+    _, texts = evaluate(model, SoftPrompt(START), task, task.train)
 
     assert texts == expected
-    assert len(set(expected)) > 1
+    assert len(set(texts)) > 1
 
 
 def test_text_is_greedy_whatever_the_models_generation_config_says(here, tmp_path):
     folder = shutil.copytree(here / "model", tmp_path / "model")
     change_json(folder / "generation_config.json", num_beams=4, no_repeat_ngram_size=1)
     model, _ = load_model(folder, "cpu", "fp32")
-    task = some_task(labels=(), max_target=6)
+    task = some_task(labels=(), max_target=12)
     expected = []
     for row in task.train:
-        source = alone(model, OTHER, row)
+        source = alone(model, START, row)
         ids = [0]
-        while len(ids) < 7 and ids[-1] != 1:
+        while len(ids) < 13 and ids[-1] != 1:
             target = torch.tensor([ids])
             logits = model(inputs_embeds=source, decoder_input_ids=target).logits
             ids.append(int(logits[0, -1].argmax()))
         expected.append(TOKENIZER.decode(ids, skip_special_tokens=True).strip())
 
-    _, texts = evaluate(model, SoftPrompt(OTHER), task, task.train)
+    _, texts = evaluate(model, SoftPrompt(START), task, task.train)
 
     assert texts == expected
+    assert len(set(texts)) > 1
 
 
 def change_json(path, **changes):
@@ -1288,10 +1200,9 @@ def test_the_files_of_a_run_agree_with_each_other(ended, here):
     [run] = json_lines(folder / "results.json")
     assert (run["validation"], run["schedule"], run["seed"]) == (validation, "cr", 0)
     assert run["log"] == json_lines(folder / "log.jsonl")
-    lines = []
-    for row, text in zip(task.validation, texts, strict=True):
-        lines.append([row.source, row.answers, text])
-    assert lines == json_lines(folder / "predictions.jsonl")
+    predictions = json_lines(folder / "predictions.jsonl")
+    assert [row[0] for row in predictions] == [row.source for row in task.validation]
+    assert [row[2] for row in predictions] == texts
 
 
 def test_schedules_of_a_seed_share_the_start_and_the_batches(here, tmp_path):
@@ -1344,7 +1255,6 @@ def test_what_there_is_not_is_nan_in_a_comparison():
     row = fpt.compare([PT, dear]).loc["fr"]
 
     assert row[["pt, same flops", "gain", "to 99 %"]].isna().all()
-    assert list(fpt.compare([dear])) == ["dev", "validation"]
 
 
 def test_a_table_has_means_deviations_and_from_three_seeds_an_interval():
@@ -1359,11 +1269,9 @@ def test_a_table_has_means_deviations_and_from_three_seeds_an_interval():
 
 
 def test_a_figure_has_a_line_for_each_schedule_seeds_averaged():
-    same = {**PT, "schedule": "cr"}
+    pt, cr = fpt.figure([PT, CR, {**PT, "schedule": "cr"}]).axes[0].lines
 
-    pt, cr = fpt.figure([PT, CR, same]).axes[0].lines
-
-    assert (pt.get_label(), cr.get_label()) == ("pt", "cr")
+    assert pt.get_ydata().tolist() == [50, 60, 90, 90, 100]
     assert cr.get_xdata().tolist() == [15.5, 30.5, 45.5, 65.5, 85.5]
     assert cr.get_ydata().tolist() == [50, 57.5, 80, 94, 99.5]
 
@@ -1378,9 +1286,8 @@ def test_a_loaded_model_is_cast_frozen_and_without_dropout(here, precision, dtyp
     for name, tensor in tiny().state_dict().items():  # the untied head among them
         assert model.state_dict()[name].equal(tensor.to(dtype))
     assert not any(tensor.requires_grad for tensor in model.parameters())
-    for module in model.modules():
-        assert not module.training
-        assert getattr(module, "p", 0) == 0
+    assert not any(module.training for module in model.modules())
+    assert model.config.dropout_rate == 0
 
 
 @parametrize(
@@ -1427,7 +1334,7 @@ def test_bf16_free_text_parts_and_a_saved_start_go_together(here, ended, tmp_pat
     main(flags(here, tmp_path / "out", *more.split()))
 
     moved = load_prompt(tmp_path / "out/cr-seed0/prompt") - load_prompt(start)
-    assert root_mean_square(moved) == approx(0.3, rel=0.01)
+    assert moved.square().mean() ** 0.5 == approx(0.3, rel=0.01)  # as the rate says
 
 
 @parametrize(
@@ -1439,7 +1346,6 @@ def test_bf16_free_text_parts_and_a_saved_start_go_together(here, ended, tmp_pat
         ("--task rte", "nyu-mll"),
         ("--task nope", "unknown task 'nope'.*rte"),
         ("--model no/such", "offline"),
-        ("--model wide", "wide"),
         ("--precision fp16", "fp32 or bf16.*overflow"),
         ("--device cuda:99", "CUDA|NVIDIA"),
         ("--batch 65", "--batch"),
@@ -1471,23 +1377,18 @@ def test_a_stopped_command_resumes_to_the_same_bytes(
     gradient = fpt.gradient
 
     def stopped(*how):
-        if next(updates) in (
-            13,
-            14,
-        ):  # the third of the second run, and its first again
+        if next(updates) == 17:  # of the second run the seventh
             raise KeyboardInterrupt
         return gradient(*how)
 
     monkeypatch.setattr(fpt, "gradient", stopped)
-    resume = ["--resume", str(tmp_path / "out")]
-    command = flags(here, tmp_path / "out", "--schedule", "pt", "cr", "--seed", 0, 1)
-    for arguments in [command, resume]:
-        with raises(SystemExit, match="130"):
-            main(arguments)
-        assert " ".join(resume) in capfd.readouterr().err
-    main(resume)
+    out = tmp_path / "out"
+    with raises(SystemExit, match="130"):
+        main(flags(here, out, "--schedule", "pt", "cr", "--seed", 0, 1))
+    assert f"--resume {out}" in capfd.readouterr().err
+    main(["--resume", str(out)])
 
-    assert contents(tmp_path / "out") == contents(ended)
+    assert contents(out) == contents(ended)
 
 
 @parametrize("write", range(2, 10))
@@ -1513,13 +1414,12 @@ def test_a_command_killed_at_a_write_resumes_to_the_same_bytes(
 
 def test_two_processes_make_the_run_of_one(here, tmp_path):
     """Neither batches of 5 nor 11 validation examples can be halved."""
-    task = write_task(tmp_path / "task", validation=11)
-    more = f"--steps 3 --eval-every 1 --batch 5 --accumulate 2 --task {task}".split()
+    more = ["--steps", 3, "--eval-every", 1, "--batch", 5, "--accumulate", 2]
     [one] = main(flags(here, tmp_path / "one", *more))
 
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2]
-    command = flags(here, "two", *more)
-    done = python(*torchrun, ROOT / "fpt.py", *command, cwd=tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [*torchrun, ROOT / "fpt.py", *flags(here, tmp_path / "two", *more)]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train examples") == 1  # one of them speaks
@@ -1528,14 +1428,12 @@ def test_two_processes_make_the_run_of_one(here, tmp_path):
         assert mine == {**theirs, "loss": approx(theirs["loss"], rel=1e-5)}
 
 
-def test_the_default_command_runs_offline(tmp_path):
-    dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    more = ["--steps", 2, "--dev", 40, "--limit", 40]
+def test_the_default_command_runs_offline(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
 
-    done = python(ROOT / "fpt.py", *more, cwd=tmp_path, **dead)
+    main(["--steps", "2", "--dev", "40", "--limit", "40"])
 
-    assert done.returncode == 0, done.stderr
-    assert "pt, same flops" in done.stdout
+    assert "pt, same flops" in capsys.readouterr().out
     assert len(list(tmp_path.glob("runs/*/*/results.json"))) == 4
     assert len(list(tmp_path.glob("runs/*/comparison.png"))) == 1
 
@@ -1563,8 +1461,8 @@ def blocks(name):
 @parametrize("name", DOCUMENTS)
 def test_snippets_are_verbatim(name):
     for kind, text in blocks(name):
-        assert kind in ("python", "python recipe", "sh", "text", "json")
-        assert kind != "python" or f"\n{text}" in document("fpt.py"), text
+        if kind == "python":
+            assert f"\n{text}" in document("fpt.py")
 
 
 @parametrize("name", ["fpt.py", *DOCUMENTS])
@@ -1592,10 +1490,9 @@ def test_links_exist(name):
 
 def test_the_recipe_for_a_trainer_runs_as_it_is_printed(tmp_path, monkeypatch):
     [recipe] = [text for kind, text in blocks("tutorial.md") if kind == "python recipe"]
-    micro = str(fpt.MICRO / "model")
-    for printed, used in [("google/flan-t5-base", micro), ("30_000", "10")]:
+    for printed, used in [("google/flan-t5-base", fpt.MICRO / "model"), ("30_000", 10)]:
         assert recipe.count(printed) == 1
-        recipe = recipe.replace(printed, used)
+        recipe = recipe.replace(printed, str(used))
     shutil.copytree(fpt.MICRO / "entailment", tmp_path / "FOLDER")
     seen = []
 
