@@ -75,7 +75,7 @@ def round_half_up(number):
     return math.floor(number + 0.5 + 1e-6)
 
 
-def kept_layers(total: int, keep: int) -> list[int]:
+def kept_layers(total, keep):
     """Indices of the layers that layer dropping keeps: 3 of 12 layers are [0, 5, 11].
 
     They are spread evenly. Layer 0 always stays: it alone owns T5's relative position
@@ -239,7 +239,7 @@ PRESETS = {
 }
 
 
-def parse_schedule(text: str) -> list[Stage]:
+def parse_schedule(text):
     """The stages of a preset, or of a text in its notation: "0.5x0.25:0.3,1x1:0.7".
 
     A single partial stage, "0.25x1:1", never grows, as in the paper's Table 1.
@@ -287,7 +287,7 @@ def stage_at(schedule, step, steps):
 # ====== 3 Cost ========================================================================
 
 
-def step_flops(model, batch, source, target, backward=True) -> int:
+def step_flops(model, batch, source, target, backward=True):
     """FLOPs of the matrix products of one update; a multiply-add is two.
 
     An update costs about two forward passes, not three as in ordinary training. On the
@@ -343,7 +343,7 @@ class SoftPrompt(nn.Module):
     They are fp32 whatever the model is, since bf16 would round small updates away.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().float().clone())  # [P, d]
 
@@ -360,7 +360,7 @@ class SoftPrompt(nn.Module):
         return torch.cat([prompt, embeds], dim=1), torch.cat([ones, mask], dim=1)
 
 
-def token_losses(model, mask, labels, **inputs) -> Tensor:
+def token_losses(model, mask, labels, **inputs):
     """Negative log-likelihood [B, S] of the target tokens, in fp32; 0 where padded.
 
     labels are [B, S], -100 where padded. inputs is inputs_embeds=[B, P+T, d], or
@@ -376,7 +376,7 @@ def token_losses(model, mask, labels, **inputs) -> Tensor:
     return losses.view_as(labels)
 
 
-def init_prompt(how, length, embeddings, generator) -> Tensor:
+def init_prompt(how, length, embeddings, generator):
     """An initial prompt [P, d], on the CPU, for a model with these embeddings [V, d].
 
     Args:
@@ -416,10 +416,10 @@ def save_prompt(folder, prompt, model_name):
     folder.mkdir(parents=True, exist_ok=True)
     tensor = prompt.detach().float().cpu().contiguous()
     save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def load_prompt(folder) -> Tensor:
+def load_prompt(folder):
     """The prompt [P, d], fp32 on the CPU, in a folder of ours or of PEFT's own.
 
     Raises OSError or ValueError if there is none, or one that is not finite.
@@ -560,8 +560,7 @@ class Example:
 
     source: str
     answers: list[str]
-    source_ids: Tensor = None  # [T], by `encode`
-    target_ids: Tensor = None  # [S], by `encode`
+    tokens: dict = None  # its input_ids and labels, lists of T and S numbers
 
 
 @dataclass
@@ -581,8 +580,8 @@ class Task:
     train: list = ()
     dev: list = ()  # held out from train by `load_task`; it chooses the prompt
     validation: list = ()  # only reported
-    tokenizer: object = None  # by `encode`
     label_ids: list = ()  # the tokens of each label, by `encode`
+    collate: object = None  # makes a padded batch of rows' tokens, by `encode`
 
 
 METRICS = ("accuracy", "f1", "exact_match", "rouge_l")  # see `score`
@@ -669,9 +668,7 @@ def hub_examples(task, row):
         answers = [row["summary"]]
     elif "entities" in row:  # ReCoRD
         answers = list(dict.fromkeys(row["answers"]))
-        # The passage ends in bullet points. Those without a full stop get one.
-        passage = regex.sub(r"(?<![.?!\"'])(?=\n@highlight|\Z)", ".", row["passage"])
-        passage = passage.replace("\n@highlight\n", " ")
+        passage = row["passage"].replace("\n@highlight\n", ". ")  # of bullet points
         row = {**row, "entities": ", ".join(row["entities"]), "passage": passage}
     else:  # SQuAD 2.0
         answers = row["answers"]["text"] or ["no answer"]
@@ -717,13 +714,17 @@ def encode(task, tokenizer, max_source):
     Says how many are cut, or have tokens that the model does not know. Labels are not
     cut, or two might become one. Raises ValueError if two are the same tokens anyway.
     """
-    labels = [tokenizer(task.prefix + label).input_ids for label in task.labels]
-    if len(set(map(str, labels))) < len(labels):
-        raise ValueError(f"two of {task.labels} are the same tokens: reword them")
-    task.tokenizer, task.label_ids = tokenizer, labels
-    longest = 512 if labels else task.max_target
+    from transformers import DataCollatorForSeq2Seq
+
+    task.collate = DataCollatorForSeq2Seq(tokenizer)  # Official: pads all to 492 tokens
+    for label in task.labels:
+        ids = tokenizer(task.prefix + label).input_ids
+        if ids in task.label_ids:
+            raise ValueError(f"{label!r} has the tokens of another label: reword it")
+        task.label_ids = [*task.label_ids, ids]
+    longest = 512 if task.labels else task.max_target
     cut = unknown = 0
-    rows = [*task.train, *task.dev, *task.validation]
+    rows = task.train + task.dev + task.validation
     for start in range(0, len(rows), 1000):  # all at once would take much memory
         part = rows[start : start + 1000]
         texts = [row.source for row in part]
@@ -731,28 +732,18 @@ def encode(task, tokenizer, max_source):
         texts = [task.prefix + row.answers[0] for row in part]
         targets = tokenizer(texts, truncation=True, max_length=longest).input_ids
         for row, source, target in zip(part, sources, targets, strict=True):
+            row.tokens = {"input_ids": source, "labels": target}
             cut += len(source) == max_source or len(target) == longest
             unknown += tokenizer.unk_token_id in source + target
-            row.source_ids = torch.tensor(source).int()
-            row.target_ids = torch.tensor(target).int()
     if cut:
         print(f"warning: {cut} of {len(rows)} examples fill --max-source or max_target")
     if unknown:
         print(f"warning: {unknown} of {len(rows)} examples have unknown tokens")
 
 
-def collate(rows, device):
-    """Encoded examples as a batch, padded to the longest source and the longest target.
-
-    Official: every source is padded to 492 tokens.
-    """
-    pad = functools.partial(
-        nn.utils.rnn.pad_sequence, batch_first=True, padding_value=-100
-    )
-    sources = pad([row.source_ids for row in rows]).long().to(device)  # [B, T]
-    labels = pad([row.target_ids for row in rows]).long().to(device)  # [B, S]
-    mask = (sources >= 0).long()
-    return {"input_ids": sources * mask, "attention_mask": mask, "labels": labels}
+def length(row):
+    """Tokens of an example's source."""
+    return len(row.tokens["input_ids"])
 
 
 def rng(*key):
@@ -760,8 +751,8 @@ def rng(*key):
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def batches(examples, size, device, seed, first=1, pool=200):
-    """Yield the batches of update `first`, `first` + 1, ... of a seed, without end.
+def batches(task, size, device, seed, first=1, pool=200):
+    """Yield the train batches of update `first`, `first` + 1, ... of a seed, for ever.
 
     A batch depends on seed and update alone, so all schedules of a seed see the same
     batches, and a run can be resumed. A pass over the examples is shuffled and cut into
@@ -769,23 +760,23 @@ def batches(examples, size, device, seed, first=1, pool=200):
     batches are shuffled. No example comes twice in a pass; those that do not fill a
     batch at its end are left out of it.
     """
-    per_pass = len(examples) // size
+    per_pass = len(task.train) // size
     for number in itertools.count((first - 1) // per_pass):
-        order = torch.randperm(len(examples), generator=rng(seed, "pass", number))
+        order = torch.randperm(len(task.train), generator=rng(seed, "pass", number))
         cut = []
         for part in order[: per_pass * size].split(pool * size):
-            rows = [examples[i] for i in part]
-            rows.sort(key=lambda row: len(row.source_ids))
+            rows = [task.train[i] for i in part]
+            rows.sort(key=length)
             generator = rng(seed, "pool", number, len(cut))
             for i in torch.randperm(len(rows) // size, generator=generator):
                 cut.append(rows[i * size : (i + 1) * size])
         for rows in cut[max(0, first - 1 - number * per_pass) :]:
-            yield collate(rows, device)
+            yield task.collate([row.tokens for row in rows]).to(device)
 
 
 def warn(task):
     """Say before the first update what makes scores mean less than they seem to."""
-    learned = {row.source for row in [*task.train, *task.dev]}
+    learned = {row.source for row in task.train + task.dev}
     known = sum(row.source in learned for row in task.validation)
     if known:
         print(f"warning: {known} sources of validation are in train as well")
@@ -799,7 +790,7 @@ def warn(task):
 EVALUATION_BATCH = 128  # examples: more than in an update, for lack of a backward pass
 
 
-def score(task, predictions, examples) -> float:
+def score(task, predictions, examples):
     """The score of some predicted texts by task.metric, in percent.
 
     accuracy: equal to a right answer. f1: for labels, of the second of two (as in GLUE)
@@ -823,12 +814,13 @@ def score(task, predictions, examples) -> float:
         pairs = zip(predictions, answers, strict=True)
         return 100 * sum(text in right for text, right in pairs) / len(answers)
     if task.labels:
-        guesses = torch.tensor([task.labels.index(text) for text in predictions])
-        gold = torch.tensor([task.labels.index(right[0]) for right in answers])
         count = len(task.labels)
-        kind = "binary" if count == 2 else "multiclass"
         f1 = functional.f1_score(
-            guesses, gold, kind, num_classes=count, average="macro"
+            torch.tensor([task.labels.index(text) for text in predictions]),
+            torch.tensor([task.labels.index(right[0]) for right in answers]),
+            task="binary" if count == 2 else "multiclass",
+            num_classes=count,
+            average="macro",
         )
         return 100 * f1.item()
     found, gold = [], []
@@ -848,12 +840,12 @@ def evaluate(model, prompt, task, examples):
     the log-likelihoods of its tokens added up. Free text is decoded greedily.
     Official: decodes labels as well, and compares texts.
     """
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].source_ids))
+    order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
     own = order[RANK::WORLD]
     texts = {}
     for start in range(0, len(own), EVALUATION_BATCH):
         chosen = own[start : start + EVALUATION_BATCH]
-        batch = collate([examples[i] for i in chosen], model.device)
+        batch = task.collate([examples[i].tokens for i in chosen]).to(model.device)
         embeds, mask = prompt(model, batch)  # [B, P+T, d], [B, P+T]
         if task.labels:
             found = likeliest_labels(model, embeds, mask, task)
@@ -863,7 +855,7 @@ def evaluate(model, prompt, task, examples):
                 attention_mask=mask,
                 max_new_tokens=task.max_target,
             )
-            found = task.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found = task.collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
             found = [x.strip().removeprefix(task.prefix).strip() for x in found]
         texts |= zip(chosen, found, strict=True)
     if WORLD > 1:
@@ -897,6 +889,14 @@ def write_lines(path, rows):
     os.replace(draft, path)
 
 
+def first(log, key, least, wanted):
+    """What is `wanted` at the first evaluation with that much of `key`; NaN if none."""
+    for row in log:
+        if row[key] >= least:
+            return row[wanted]
+    return math.nan
+
+
 def compare(runs):
     """A pandas DataFrame with a row for each run: scores, and costs beside `pt`'s.
 
@@ -912,18 +912,16 @@ def compare(runs):
     rows = []
     for run in runs:
         row = {"dev": run["best_dev"], "validation": run["validation"]}
+        rows.append(row)
         pt = pt_runs.get(run["seed"])
         if pt:
-            log, pt_log = pandas.DataFrame(run["log"]), pandas.DataFrame(pt["log"])
+            goal = 0.99 * pt["best_dev"]
+            pt_spent = first(pt["log"], "best", goal, "flops")
             row["flops"] = 100 * run["flops"] / pt["flops"]
             row["seconds"] = 100 * run["seconds"] / pt["seconds"]
-            # At the first such evaluation: the mean of one number, or NaN of none.
-            row["pt, same flops"] = pt_log.best[pt_log.flops >= run["flops"]][:1].mean()
+            row["pt, same flops"] = first(pt["log"], "flops", run["flops"], "best")
             row["gain"] = row["dev"] - row["pt, same flops"]
-            goal = 0.99 * pt["best_dev"]
-            spent = log.flops[log.best >= goal][:1].mean()
-            row["to 99 %"] = 100 * spent / pt_log.flops[pt_log.best >= goal][:1].mean()
-        rows.append(row)
+            row["to 99 %"] = 100 * first(run["log"], "best", goal, "flops") / pt_spent
     return pandas.DataFrame(rows, index=[run["schedule"] for run in runs])
 
 
@@ -958,7 +956,7 @@ def figure(runs):
         mean = rows.groupby("step").mean(numeric_only=True)
         axes.plot(mean.flops, mean.best, next(styles), color="black", label=name)
     axes.set(xlabel="training FLOPs", ylabel="best dev score so far, mean over seeds")
-    axes.legend(loc="lower right")
+    axes.legend()
     return plot
 
 
@@ -1066,8 +1064,7 @@ def load_model(name, device, precision):
 
     transformers.logging.set_verbosity_error()  # its advice on untied heads is wrong
     transformers.logging.disable_progress_bar()
-    how = {"dropout_rate": 0.0, "return_dict": True}
-    config = transformers.AutoConfig.from_pretrained(name, **how)
+    config = transformers.AutoConfig.from_pretrained(name, dropout_rate=0.0)
     if config.model_type not in T5_KINDS:
         raise ValueError(f"{name} is of type {config.model_type}: no T5 or mT5")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -1123,7 +1120,8 @@ def prepare(settings):
     device = settings.device.replace("auto", "cpu")
     if settings.device == "auto" and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
-    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     task = load_task(settings.task, settings.dev, settings.limit)
     if not WORLD * settings.accumulate <= settings.batch <= len(task.train):
         raise ValueError("--batch: at least processes x parts, at most train examples")
@@ -1141,11 +1139,10 @@ def prepare(settings):
 def tune(model, task, settings, name, seed, folder):
     """Train a prompt by one schedule with one seed, or go on from the folder's state.
 
-    The state is saved at each evaluation. Returns the finished Run, and the model on
-    which its prompt is to be used.
+    Returns the finished Run, and the model on which its prompt is to be used.
     """
     schedule = parse_schedule(name)
-    draw = functools.partial(batches, task.train, settings.batch, model.device)
+    draw = functools.partial(batches, task, settings.batch, model.device)
     embeddings, generator = model.shared.weight, rng(seed, "prompt")
     start = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
     # From pools of one batch, so not sorted by length: all lengths are met.
@@ -1179,21 +1176,16 @@ def tune(model, task, settings, name, seed, folder):
     )
     total = settings.steps - run.step
     for run in tqdm(updates, total=total, file=sys.stdout, disable=None):
-        if not run.losses and RANK == 0:  # there was an evaluation
+        if not run.losses and RANK == 0:  # there was an evaluation: save the state
             tqdm.write(f"update {run.step}, dev {run.log[-1]['dev']:.2f}")
-            save_state(run, prompt, optimizer, folder)
+            folder.mkdir(exist_ok=True)
+            state = {"run": vars(run), "prompt": prompt.state_dict()}
+            state["optimizer"] = optimizer.state_dict()
+            torch.save(state, folder / "draft")
+            os.replace(folder / "draft", folder / "state.pt")  # whole or not at all
+            write_lines(folder / "log.jsonl", run.log)
     last = schedule[-1]
     return run, partial_t5(model, last.depth, last.width, scores, not task.labels)
-
-
-def save_state(run, prompt, optimizer, folder):
-    """Write what `tune` goes on from, whole, and the log, which is for people."""
-    folder.mkdir(exist_ok=True)
-    state = {"run": vars(run), "prompt": prompt.state_dict()}
-    state["optimizer"] = optimizer.state_dict()
-    torch.save(state, folder / "draft")
-    os.replace(folder / "draft", folder / "state.pt")
-    write_lines(folder / "log.jsonl", run.log)
 
 
 def conclude(run, final, task, folder, **about):
