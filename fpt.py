@@ -724,7 +724,7 @@ def encode(task, tokenizer, max_source):
         task.label_ids = [*task.label_ids, ids]
     longest = 512 if task.labels else task.max_target
     cut = unknown = 0
-    rows = task.train + task.dev + task.validation
+    rows = [*task.train, *task.dev, *task.validation]
     for start in range(0, len(rows), 1000):  # all at once would take much memory
         part = rows[start : start + 1000]
         texts = [row.source for row in part]
@@ -776,7 +776,7 @@ def batches(task, size, device, seed, first=1, pool=200):
 
 def warn(task):
     """Say before the first update what makes scores mean less than they seem to."""
-    learned = {row.source for row in task.train + task.dev}
+    learned = {row.source for row in [*task.train, *task.dev]}
     known = sum(row.source in learned for row in task.validation)
     if known:
         print(f"warning: {known} sources of validation are in train as well")
