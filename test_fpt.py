@@ -154,10 +154,6 @@ def random_scores():
     return {"encoder": encoder, "decoder": decoder}
 
 
-def example(source_ids, target_ids=(1,)):
-    return Example("", [""], torch.tensor(source_ids), torch.tensor(target_ids))
-
-
 COLLATE = transformers.DataCollatorForSeq2Seq(TOKENIZER)
 FIVE = []
 for source, target in [(6, 3), (4, 1), (9, 2), (3, 4), (5, 2)]:  # numbers of tokens
@@ -167,7 +163,7 @@ EIGHT = {"min_new_tokens": 8, "max_new_tokens": 8}  # an early end would hide mu
 
 
 def five():
-    return collate(FIVE, "cpu")
+    return COLLATE(FIVE)
 
 
 def examples(first, last):
@@ -178,8 +174,9 @@ def examples(first, last):
     return rows
 
 
-def some_task(labels=("yes", "no"), train=None, max_source=99, **more):
-    task = Task(labels=labels, train=train or examples(0, 20), **more)
+def some_task(train=None, max_source=99, **more):
+    more = {"labels": ["yes", "no"], "dev": [], "validation": [], **more}
+    task = Task(train=train or examples(0, 20), **more)
     fpt.encode(task, TOKENIZER, max_source)
     return task
 
@@ -385,25 +382,24 @@ def activations(model, prompt, row):
     model = copy.deepcopy(model)
     for block in [*model.encoder.block, *model.decoder.block]:
         ffn(block).register_forward_pre_hook(watch)
-    model(inputs_embeds=alone(model, prompt, row), labels=row.target_ids[None])
+    labels = torch.tensor([row["labels"]])
+    model(inputs_embeds=alone(model, prompt, row), labels=labels)
     return torch.stack(found)  # [12, d_ff], the encoder's first
 
 
 def alone(model, prompt, row):
     """One source, without padding, behind its prompt."""
-    return torch.cat([prompt, model.shared(row.source_ids)])[None]
+    return torch.cat([prompt, model.shared(torch.tensor(row["input_ids"]))])[None]
 
 
 @parametrize("kind", KINDS)
 def test_neuron_scores_are_means_over_examples_each_taken_alone(kind):
     model = tiny(kind)
-    prompt = START
-    batches = [collate(FIVE[:3], "cpu"), collate(FIVE[3:], "cpu")]
 
-    scores = fpt.neuron_scores(model, prompt, batches)
+    scores = fpt.neuron_scores(model, START, [COLLATE(FIVE[:3]), COLLATE(FIVE[3:])])
 
     found = torch.stack(scores["encoder"] + scores["decoder"])
-    expected = sum(activations(model, prompt, row) for row in FIVE) / 5
+    expected = sum(activations(model, START, row) for row in FIVE) / 5
     assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -899,14 +895,13 @@ def test_the_first_answer_of_squad_is_learned_and_any_is_right(texts, right):
     assert list(dict.fromkeys(example.answers)) == right
 
 
-def test_every_answer_of_record_is_learned_and_its_passage_has_full_stops():
-    passage = "A\n@highlight\nB!\n@highlight\n'C'\n@highlight\n\"D\"\n@highlight\nE"
-    row = {"passage": passage, "query": "Q", "entities": ["E", "F G"]}
+def test_every_answer_of_record_is_learned_and_its_passage_is_of_sentences():
+    row = {"passage": "A\n@highlight\nB", "query": "Q", "entities": ["E", "F G"]}
     row["answers"] = ["F G", "F G", "E"]
 
     first, second = hub_examples(fpt.TASKS["record"], row)
 
-    assert first.source == "query: Q entities: E, F G passage: A. B! 'C' \"D\" E."
+    assert first.source == "query: Q entities: E, F G passage: A. B"
     assert (first.answers[0], second.answers[0]) == ("F G", "E")
     assert set(first.answers) == set(second.answers) == {"F G", "E"}
 
@@ -968,8 +963,8 @@ def test_sources_and_texts_are_cut_and_still_end(capsys):
 
     some_task(labels=(), train=[row], max_source=3, max_target=4)
 
-    assert row.source_ids.tolist() == [113, 114, 1]
-    assert row.target_ids.tolist() == [259, 2, 124, 1]  # the prefix comes first
+    assert row.tokens["input_ids"] == [113, 114, 1]
+    assert row.tokens["labels"] == [259, 2, 124, 1]  # the prefix comes first
     warnings = capsys.readouterr().out
     assert re.fullmatch("warning: 1 .*max_target\nwarning: 1 .*unknown.*\n", warnings)
 
@@ -979,28 +974,32 @@ def test_labels_are_not_cut():
 
     some_task(train=[row], prefix="", max_target=2)
 
-    assert row.target_ids.tolist() == [113, 114, 1]
+    assert row.tokens["labels"] == [113, 114, 1]
 
 
 def test_labels_of_the_same_tokens_are_refused():
-    with raises(ValueError, match="same tokens"):
+    with raises(ValueError, match="tokens of another"):
         some_task(labels=("no", "no"))
 
 
 def test_a_batch_is_padded_to_its_longest_and_masked():
-    batch = collate([example([7, 8], [4]), example([9], [5, 1])], "cpu")
+    rows = [Example("a", ["yes"]), Example("no", ["no"])]
 
-    assert {name: rows.tolist() for name, rows in batch.items()} == {
-        "input_ids": [[7, 8], [9, 0]],
-        "attention_mask": [[1, 1], [1, 0]],
-        "labels": [[4, -100], [5, 1]],
-    }
+    batch = next(fpt.batches(some_task(train=rows, prefix=""), 2, "cpu", seed=0))
+
+    assert batch["input_ids"].tolist() == [[100, 1, 0], [113, 114, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [[124, 104, 118, 1], [113, 114, 1, -100]]
 
 
 def drawn(count, updates, seed=0, first=1, pool=3):
     """Batches of 4; an example's tokens are its number, as often as it is long."""
-    rows = [example([i] * (i * 7 % 19 + 1)) for i in range(1, count + 1)]
-    stream = fpt.batches(rows, 4, "cpu", seed, first, pool)
+    rows = []
+    for i in range(1, count + 1):
+        tokens = {"input_ids": [i] * (i * 7 % 19 + 1), "labels": [1]}
+        rows.append(Example("", [], tokens))
+    task = Task(train=rows, collate=COLLATE)
+    stream = fpt.batches(task, 4, "cpu", seed, first, pool)
     return [next(stream)["input_ids"].tolist() for _ in range(updates)]
 
 
@@ -1030,9 +1029,9 @@ def test_batches_of_similar_lengths_are_padded_less():
 
 
 def test_sources_in_train_and_labels_without_examples_are_warned_of(capsys):
-    rows = [Example("a", ["yes"])]
+    row = Example("a", ["yes"])
 
-    fpt.warn(Task(labels=["yes", "no"], train=rows, validation=rows))
+    fpt.warn(Task(labels=["yes", "no"], train=[row], dev=[row], validation=[row]))
 
     warnings = capsys.readouterr().out
     assert re.fullmatch("warning: 1 .*in train.*\nwarning: .*'no'.*\n", warnings)
@@ -1090,7 +1089,7 @@ def test_a_text_is_scored_as_by_hand(metric, prediction, answers, expected):
 def test_a_predicted_label_is_the_likeliest_by_separate_forwards():
     model = tiny()
     labels = ["a", "b", "cd"]  # of different lengths: a sum counts, not a mean
-    task = some_task(labels, prefix="")
+    task = some_task(labels=labels, prefix="")
     expected = []
     for row in task.train:
         losses = []
