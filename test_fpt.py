@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fpt
 from fpt import (
+    TASKS,
     Example,
     SoftPrompt,
     Task,
@@ -61,7 +63,9 @@ CALLED = "(fpt|transformers|torchmetrics|datasets|pandas)[.]?.*"
 pytestmark = [
     pytest.mark.filterwarnings(f"error::DeprecationWarning:{CALLED}"),
     pytest.mark.filterwarnings(f"error::FutureWarning:{CALLED}"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),  # PEFT's call
+    pytest.mark.filterwarnings(
+        "ignore:.*(is_gradient_check|pin_memory)"
+    ),  # PEFT, Trainer
 ]
 parametrize = pytest.mark.parametrize
 
@@ -200,10 +204,16 @@ def write_task(folder, labels=("yes", "no")):
 def here(tmp_path_factory):
     """A folder with a tiny v1.1 model and a task, on which `main` runs."""
     folder = tmp_path_factory.mktemp("here")
-    tiny().save_pretrained(folder / "model")
-    TOKENIZER.save_pretrained(folder / "model")
+    model = tiny()
+    model.generation_config.num_beams = 4  # which nothing may heed
+    save(model, folder / "model")
     write_task(folder / "task")
     return folder
+
+
+def save(model, folder, **how):
+    model.save_pretrained(folder, **how)
+    TOKENIZER.save_pretrained(folder)
 
 
 def flags(here, out, *more):
@@ -235,7 +245,6 @@ def json_lines(path):
         (24, 6, [0, 4, 8, 13, 18, 23]),
         (12, 3, [0, 5, 11]),
         (12, 6, [0, 2, 4, 6, 8, 11]),
-        (12, 9, [0, 1, 2, 3, 4, 5, 7, 9, 11]),
         (8, 2, [0, 7]),
         (5, 1, [0]),
         (3, 3, [0, 1, 2]),
@@ -296,12 +305,9 @@ def assert_same_function(model, expected, atol=0):
 )
 @parametrize("kind", KINDS)
 def test_a_model_of_fewer_layers_is_a_stock_model(kind, depth, decoder, kept):
-    model = tiny(kind)
-
-    partial = partial_t5(model, depth, 1, decoder=decoder)
+    partial = partial_t5(tiny(kind), depth, 1, decoder=decoder)
 
     assert_same_function(partial, stock(kind, *kept))
-    assert type(partial) is type(model)
 
 
 @parametrize("kind", KINDS)
@@ -344,19 +350,15 @@ def test_the_model_is_left_as_it_was(kind):
     assert_same_function(model, tiny(kind))
 
 
-@parametrize("config", [transformers.UMT5Config, transformers.BartConfig])
-def test_a_model_of_another_kind_is_refused(config):
+def test_a_model_of_another_kind_is_refused():
     model = torch.nn.Module()
-    model.config = config()
+    model.config = transformers.UMT5Config()
 
-    with raises(ValueError, match=f"{config.model_type}.*T5"):
+    with raises(ValueError, match="umt5 is no T5"):
         partial_t5(model, 0.5, 1)
 
 
-@parametrize(
-    "depth, width",
-    [(0, 1), (1.01, 1), (math.nan, 1), (1, 0), (1, 1.01), (1, 0.5)],
-)
+@parametrize("depth, width", [(0, 1), (1.01, 1), (1, math.nan), (1, 0.5)])
 def test_shares_outside_0_and_1_and_width_without_scores_are_refused(depth, width):
     with raises(ValueError, match=r"\(0, 1\]; width < 1 needs scores"):
         partial_t5(tiny(), depth, width)
@@ -403,14 +405,6 @@ def test_neuron_scores_are_means_over_examples_each_taken_alone(kind):
     assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_neuron_scores_leave_no_hooks_behind():
-    model = tiny()
-
-    fpt.neuron_scores(model, START, [five()])
-
-    assert not ffn(model.encoder.block[0]).wo._forward_pre_hooks
-
-
 # ====== 2 Schedule ====================================================================
 
 
@@ -442,17 +436,14 @@ def test_shares_whose_floating_point_sum_is_not_1_are_read():
     [
         "",
         "CR",
-        "0.5x0.5",
         "0.5:1",
         "1x1:1,",
         "axb:c",
-        "1x1:1.2.3",
         "1x1x1",
         "1x1x1:1",
         "0.5:0.5x0.4",
         "-1x1:1",
         "0x1:1",
-        "1x1.5:1",
         "nanx1:1",
         "1x1:0,1x1:1",
         "1x1:0.3,1x1:0.6",
@@ -477,10 +468,6 @@ def test_boundaries_round_half_up():
     stages = [fpt.stage_at(schedule, step, 10) for step in range(1, 11)]
 
     assert stages == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
-
-
-def test_a_stage_of_less_than_half_an_update_is_passed_by():
-    assert fpt.stage_at(fpt.SCHEDULES["cr"], 1, 1) == 2
 
 
 # ====== 3 Cost ========================================================================
@@ -530,13 +517,12 @@ def test_stages_of_t5_large_cost_what_the_paper_prints(name, printed, total):
     gated = {"feed_forward_proj": "gated-gelu", "d_ff": 2816}
     model = on_meta(d_model=1024, num_layers=24, num_heads=16, **gated)
     scores = dict.fromkeys(random_scores(), [torch.arange(2816)] * 24)
-    targets = [5, 5, 200, 200, 512]  # of five tasks; the paper does not print them
     costs = []
     for stage in fpt.SCHEDULES[name]:
         cost = 0
-        for target in targets:
-            how = {"scores": scores, "decoder": target > 5}  # whole for short labels
-            partial = partial_t5(model, stage.depth, stage.width, **how)
+        for target in [5, 5, 200, 200, 512]:  # of five tasks; the paper has no lengths
+            decoder = target > 5  # it stays whole for short labels
+            partial = partial_t5(model, stage.depth, stage.width, scores, decoder)
             cost += 20 * linear_flops(partial, target) / linear_flops(model, target)
         costs.append(cost)
 
@@ -554,8 +540,7 @@ def test_a_prompt_stands_before_the_source_and_is_attended_to():
 
     assert embeds[:, :P].equal(START.expand(5, P, 16))
     assert embeds[:, P:].equal(model.shared(batch["input_ids"]))
-    assert mask[:, :P].all()
-    assert mask[:, P:].equal(batch["attention_mask"])
+    assert mask.sum() == 5 * P + batch["attention_mask"].sum()
 
 
 def peft_model(**how):
@@ -567,7 +552,7 @@ def peft_model(**how):
 
 
 def test_a_prompt_is_fp32_and_gives_a_bf16_model_bf16():
-    prompt = SoftPrompt(torch.ones(P, 16).bfloat16())
+    prompt = SoftPrompt(START.bfloat16())
 
     embeds, _ = prompt(tiny().bfloat16(), five())
 
@@ -636,32 +621,28 @@ def test_what_is_no_prompt_does_not_load(tmp_path):
 # ====== 5 Train =======================================================================
 
 
-def stock_output(model, prompt, batch):
-    embeds, mask = prompt(model, batch)
-    return model(inputs_embeds=embeds, attention_mask=mask, labels=batch["labels"])
+def test_token_losses_add_up_to_those_of_each_example_alone():
+    model, batch = tiny(), five()
+    embeds, mask = SoftPrompt(START)(model, batch)
 
+    losses = fpt.token_losses(model, mask, batch["labels"], inputs_embeds=embeds)
 
-def test_token_losses_are_negative_log_likelihoods_and_0_where_padded():
-    model, prompt, batch = tiny(), SoftPrompt(START), five()
-    labels = batch["labels"]
-    embeds, mask = prompt(model, batch)
-
-    losses = fpt.token_losses(model, mask, labels, inputs_embeds=embeds)
-
-    likelihoods = stock_output(model, prompt, batch).logits.log_softmax(2)
-    targets = labels.clamp(min=0).unsqueeze(2)
-    expected = -likelihoods.gather(2, targets).squeeze(2)
-    assert_close(losses, expected * (labels != -100))
+    for found, row in zip(losses, FIVE, strict=True):
+        labels = torch.tensor([row["labels"]])
+        output = model(inputs_embeds=alone(model, START, row), labels=labels)
+        assert_close(found.sum(), output.loss * labels.numel())
 
 
 def test_gradient_is_that_of_the_stock_loss():
-    model, prompt = tiny(), SoftPrompt(START)
+    model, prompt, batch = tiny(), SoftPrompt(START), five()
 
-    loss, grad = fpt.gradient(model, prompt, five())
+    loss, grad = fpt.gradient(model, prompt, batch)
 
-    expected = stock_output(model, prompt, five()).loss
-    expected.backward()
-    assert_close(loss, expected.detach())
+    embeds, mask = prompt(model, batch)
+    labels = batch["labels"]
+    stock = model(inputs_embeds=embeds, attention_mask=mask, labels=labels)
+    stock.loss.backward()
+    assert_close(loss, stock.loss.detach())
     assert_close(grad, prompt.weight.grad)
 
 
@@ -684,7 +665,7 @@ def train(schedule, state, **changes):
     run, prompt, optimizer = state
     how = {
         "model": tiny(),
-        "evaluate": lambda *how: -stock_output(*how, five()).loss.item(),
+        "evaluate": lambda model, prompt: prompt.weight.sum().item(),
         "steps": 20,
         "eval_every": 5,
         "scores": random_scores(),
@@ -784,11 +765,10 @@ def test_a_logged_loss_is_the_mean_since_the_last_evaluation():
 
 @parametrize("loss, slope", [(math.nan, 1.0), (1.0, math.inf)])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run(loss, slope):
-    def gradient(*how):
-        return torch.tensor(loss), torch.full_like(START, slope)
+    bad = torch.tensor(loss), torch.full_like(START, slope)
 
     with raises(FloatingPointError, match=r"update 5\b"):
-        *_, run = train("pt", start(), gradient=gradient)
+        *_, run = train("pt", start(), gradient=lambda *how: bad)
 
 
 def test_a_rate_that_is_much_too_high_stops_the_run():
@@ -799,19 +779,18 @@ def test_a_rate_that_is_much_too_high_stops_the_run():
 # ====== Answers to the exercises of tutorial.md =======================================
 
 
-@parametrize("headless", [True, False])
-def test_exercise_1_without_layer_0_a_t5_reads_a_bag_of_words(headless):
+@parametrize("first, same", [(0, False), (1, True)])
+def test_exercise_1_without_layer_0_a_t5_reads_a_bag_of_words(first, same):
     """The order of the source changes nothing but the order of what comes out."""
-    encoder = copy.deepcopy(tiny().encoder)
-    if headless:
-        encoder.block = torch.nn.ModuleList(encoder.block[1:])
+    encoder = tiny().encoder
+    encoder.block = torch.nn.ModuleList(encoder.block[first:])
     order = [3, 0, 5, 1, 4, 2]
     source = torch.randn(1, 6, 16)
 
     straight = encoder(inputs_embeds=source).last_hidden_state
     mixed = encoder(inputs_embeds=source[:, order]).last_hidden_state
 
-    assert torch.allclose(straight[:, order], mixed, atol=1e-4) is headless
+    assert torch.allclose(straight[:, order], mixed, atol=1e-4) is same
 
 
 @parametrize(
@@ -860,7 +839,7 @@ def test_rows_of_labelled_tasks(name, columns, labels):
     row = {column: f"the {column}" for column in columns}
 
     for i, label in enumerate(labels.split()):
-        [example] = hub_examples(fpt.TASKS[name], {**row, "label": i})
+        [example] = hub_examples(TASKS[name], {**row, "label": i})
         assert example.answers[0] == label
         assert example.source == " ".join(
             f"{column}: the {column}" for column in columns
@@ -872,24 +851,24 @@ def test_a_task_of_the_hub_is_loaded_by_its_name(monkeypatch):
 
     def load_dataset(*which, **revision):
         assert which == ("nyu-mll/glue", "mnli")
-        return {"train": rows, "validation_matched": rows[1:2]}
+        return {"train": rows, "validation_matched": rows}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load_task("mnli", dev=1)
 
-    assert task.validation[0].answers[0] == "neutral"
+    assert (len(task.train), len(task.dev), len(task.validation)) == (2, 1, 3)
 
 
 def test_a_row_without_a_label_is_refused():
     with raises(KeyError):
-        hub_examples(fpt.TASKS["sst2"], {"sentence": "s", "label": -1})
+        hub_examples(TASKS["sst2"], {"sentence": "s", "label": -1})
 
 
 @parametrize("texts, right", [(["a b", "a", "a b"], ["a b", "a"]), ([], ["no answer"])])
 def test_the_first_answer_of_squad_is_learned_and_any_is_right(texts, right):
     row = {"context": "C", "question": "Q", "answers": {"text": texts}}
 
-    [example] = hub_examples(fpt.TASKS["squad2"], row)
+    [example] = hub_examples(TASKS["squad2"], row)
 
     assert example.source == "question: Q context: C"
     assert list(dict.fromkeys(example.answers)) == right
@@ -899,17 +878,15 @@ def test_every_answer_of_record_is_learned_and_its_passage_is_of_sentences():
     row = {"passage": "A\n@highlight\nB", "query": "Q", "entities": ["E", "F G"]}
     row["answers"] = ["F G", "F G", "E"]
 
-    first, second = hub_examples(fpt.TASKS["record"], row)
+    first, second = hub_examples(TASKS["record"], row)
 
     assert first.source == "query: Q entities: E, F G passage: A. B"
     assert (first.answers[0], second.answers[0]) == ("F G", "E")
-    assert set(first.answers) == set(second.answers) == {"F G", "E"}
+    assert set(second.answers) == {"F G", "E"}
 
 
 def test_a_summary_of_xsum_is_learned_from_its_document():
-    row = {"document": "D\nE", "summary": "S"}
-
-    [example] = hub_examples(fpt.TASKS["xsum"], row)
+    [example] = hub_examples(TASKS["xsum"], {"document": "D\nE", "summary": "S"})
 
     assert (example.source, example.answers[0]) == ("D\nE", "S")
 
@@ -939,7 +916,6 @@ def test_a_limit_takes_a_sample_of_validation(here):
 @parametrize(
     "name, content, says",
     [
-        ("task.json", "[]", ""),
         ("task.json", '{"labls": ["a"]}', ".*labls"),
         ("task.json", '{"metric": "bleu"}', ".*rouge_l"),
         ("train.jsonl", "", ""),
@@ -1003,7 +979,7 @@ def drawn(count, updates, seed=0, first=1, pool=3):
     return [next(stream)["input_ids"].tolist() for _ in range(updates)]
 
 
-@parametrize("count, updates", [(40, 10), (43, 10), (7, 1)])
+@parametrize("count, updates", [(40, 10), (7, 1)])
 def test_no_example_comes_twice_in_a_pass(count, updates):
     for number in range(3):
         batches = drawn(count, updates, first=number * updates + 1)
@@ -1011,7 +987,7 @@ def test_no_example_comes_twice_in_a_pass(count, updates):
         assert len(used) == 4 * updates
 
 
-@parametrize("update", [2, 5, 10, 11, 14, 30])
+@parametrize("update", [2, 10, 11, 30])
 def test_a_batch_depends_on_seed_and_update_alone(update):
     [found] = drawn(43, 1, first=update)
 
@@ -1040,31 +1016,26 @@ def test_sources_in_train_and_labels_without_examples_are_warned_of(capsys):
 # ====== 7 Evaluate ====================================================================
 
 
-def score(predictions, answers, **task):
-    rows = [Example("", right) for right in answers]
-    return fpt.score(Task(**task), predictions, rows)
-
-
 @parametrize(
-    "labels, f1",
+    "metric, labels, expected",
     [
-        (["a", "b"], 2 / 3),  # of "b" alone: precision 1/2, recall 1
-        (["a", "b", "c"], (0.8 + 2 / 3) / 2),  # of "a" 1 and 2/3; "c" does not occur
+        ("accuracy", ["a", "b"], 75),
+        ("f1", ["a", "b"], 66.7),  # of "b" alone: precision 1/2, recall 1
+        ("f1", ["a", "b", "c"], 73.3),  # and 80 of "a"; "c" does not occur
     ],
 )
-def test_f1_of_labels_by_hand(labels, f1):
-    answers = [["a"], ["a"], ["a"], ["b"]]
+def test_labels_are_scored_as_by_hand(metric, labels, expected):
+    rows = [Example("", [label]) for label in "aaab"]
 
-    found = score(["a", "b", "a", "b"], answers, metric="f1", labels=labels)
+    score = fpt.score(Task(labels=labels, metric=metric), list("abab"), rows)
 
-    assert found == approx(100 * f1)
+    assert score == approx(expected, abs=0.1)
 
 
 @parametrize(
     "metric, prediction, answers, expected",
     [
         ("accuracy", "b", ["a", "b"], 100),
-        ("accuracy", "B", ["b"], 0),
         ("exact_match", "The cat!", ["cat"], 100),
         ("exact_match", "black cat", ["a cat", "dog"], 0),
         ("exact_match", "no answer", ["no answer"], 100),
@@ -1072,18 +1043,17 @@ def test_f1_of_labels_by_hand(labels, f1):
         ("exact_match", "no answer", ["answer"], 0),
         ("f1", "black cat", ["a cat", "dog"], 66.7),  # precision 1/2, recall 1
         ("f1", "no answer", ["no answer"], 100),
-        ("f1", "", ["cat"], 0),
         ("rouge_l", "w x y z", ["w y z v"], 75),
         ("rouge_l", "w x", ["w x y z"], 66.7),  # precision 1, recall 1/2
         ("rouge_l", "w x", ["y z", "w x"], 100),
-        ("rouge_l", "", ["cat"], 0),
         ("rouge_l", "Кошка, на крыше", ["кошка на крыше"], 100),
-        ("rouge_l", "собака", ["кошка"], 0),
         ("rouge_l", "राम की किताब", ["राम का कतब"], 33.3),
     ],
 )
 def test_a_text_is_scored_as_by_hand(metric, prediction, answers, expected):
-    assert score([prediction], [answers], metric=metric) == approx(expected, abs=0.1)
+    score = fpt.score(Task(metric=metric), [prediction], [Example("", answers)])
+
+    assert score == approx(expected, abs=0.1)
 
 
 def test_a_predicted_label_is_the_likeliest_by_separate_forwards():
@@ -1105,11 +1075,9 @@ def test_a_predicted_label_is_the_likeliest_by_separate_forwards():
     assert len(set(texts)) > 1
 
 
-def test_text_is_greedy_whatever_the_models_generation_config_says(here, tmp_path):
-    folder = shutil.copytree(here / "model", tmp_path / "model")
-    change_json(folder / "generation_config.json", num_beams=4, no_repeat_ngram_size=1)
-    model, _ = load_model(folder, "cpu", "fp32")
-    task = some_task(labels=(), max_target=12)
+def test_text_is_greedy_whatever_the_models_generation_config_says(here):
+    model, _ = load_model(here / "model", "cpu", "fp32")
+    task = some_task(labels=[], max_target=12)
     expected = []
     for row in task.train:
         source = alone(model, START, row.tokens)
@@ -1126,19 +1094,18 @@ def test_text_is_greedy_whatever_the_models_generation_config_says(here, tmp_pat
     assert len(set(texts)) > 1
 
 
-def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 # ====== 8 Record and compare ==========================================================
 
 
 @fixture(scope="module")
 def ended(here, tmp_path_factory):
-    """The folder of `pt` and `cr` with two seeds, by one command."""
+    """The folder of a command that ran `pt` and `cr`."""
     out = tmp_path_factory.mktemp("ended") / "new" / "out"
-    main(flags(here, out, "--schedule", "pt", "cr", "--seed", 0, 1))
+    main(flags(here, out, "--schedule", "pt", "cr"))
     return out
+
+
+WRITES = [(os, "replace", number) for number in range(10, 18)]
 
 
 def test_the_files_of_a_run_agree_with_each_other(ended, here):
@@ -1251,9 +1218,9 @@ def test_a_loaded_model_is_cast_frozen_and_without_dropout(here, precision, dtyp
 def test_a_model_that_is_not_whole_or_no_t5_is_refused(config, lost, says, tmp_path):
     weights = tiny().state_dict()
     weights.pop(lost, None)
-    tiny().save_pretrained(tmp_path, state_dict=weights)
-    TOKENIZER.save_pretrained(tmp_path)
-    change_json(tmp_path / "config.json", **config)
+    save(tiny(), tmp_path, state_dict=weights)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
     with raises((ValueError, RuntimeError), match=says):
         load_model(tmp_path, "cpu", "fp32")
@@ -1262,8 +1229,7 @@ def test_a_model_that_is_not_whole_or_no_t5_is_refused(config, lost, says, tmp_p
 def test_a_head_that_was_overwritten_by_the_embeddings_is_refused(tmp_path):
     model = tiny()
     model.lm_head.weight.copy_(model.shared.weight)
-    model.save_pretrained(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
+    save(model, tmp_path)
 
     with raises(ValueError, match="head .* overwritten"):
         load_model(tmp_path, "cpu", "fp32")
@@ -1291,7 +1257,6 @@ def test_bf16_free_text_parts_and_a_saved_start_go_together(here, ended, tmp_pat
     "more, says",
     [
         ("--steps many", "--steps.*many"),
-        ("--schedul pt", "--schedul"),
         ("--schedule nope", "'nope'.*pt, ld, fr, cr"),
         ("--task rte", "nyu-mll"),
         ("--task nope", "unknown task 'nope'.*rte"),
@@ -1301,7 +1266,6 @@ def test_bf16_free_text_parts_and_a_saved_start_go_together(here, ended, tmp_pat
         ("--batch 65", "--batch"),
         ("--accumulate 5", "--batch.*parts"),
         ("--init wide", "wide is not 3 vectors"),
-        ("--init none", "none"),
         ("--out wide", "wide"),
         ("--resume wide", "beside --resume only"),
     ],
@@ -1311,55 +1275,35 @@ def test_a_bad_flag_ends_in_one_line_and_writes_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     save_prompt("wide", torch.zeros(P, 17), "any")
-    before = contents(tmp_path)
 
     with raises(SystemExit, match="2"):
         main(flags(here, "out", *more.split()))
 
     assert re.fullmatch(f"fpt.py: error: .*({says}).*\n", capfd.readouterr().err)
-    assert contents(tmp_path) == before
+    assert not Path("out").exists()
 
 
-def test_a_stopped_command_resumes_to_the_same_bytes(
-    ended, here, tmp_path, monkeypatch, capfd
+@parametrize("module, name, number", [(fpt, "gradient", 17), *WRITES])
+def test_a_command_stopped_anywhere_resumes_to_the_same_bytes(
+    module, name, number, ended, here, tmp_path, monkeypatch, capfd
 ):
-    updates = itertools.count(1)
-    gradient = fpt.gradient
+    """In an update of `cr`, or at any of its writes: 3 states, 3 logs, the results."""
+    calls = itertools.count(1)
+    whole = getattr(module, name)
 
     def stopped(*how):
-        if next(updates) == 17:  # of the second run the seventh
+        if next(calls) == number:
             raise KeyboardInterrupt
-        return gradient(*how)
+        return whole(*how)
 
-    monkeypatch.setattr(fpt, "gradient", stopped)
+    monkeypatch.setattr(module, name, stopped)
     out = tmp_path / "out"
     with raises(SystemExit, match="130"):
-        main(flags(here, out, "--schedule", "pt", "cr", "--seed", 0, 1))
+        main(flags(here, out, "--schedule", "pt", "cr"))
     assert f"--resume {out}" in capfd.readouterr().err
     main(["--resume", str(out)])
 
     assert contents(out) == contents(ended)
-
-
-@parametrize("write", range(2, 10))
-def test_a_command_killed_at_a_write_resumes_to_the_same_bytes(
-    write, ended, here, tmp_path, monkeypatch
-):
-    """Of 9: the settings, log and state of 3 evaluations, predictions, results."""
-    writes = itertools.count(1)
-    replace = os.replace
-
-    def killed(*paths):
-        if next(writes) == write:
-            raise KeyboardInterrupt
-        replace(*paths)
-
-    monkeypatch.setattr(os, "replace", killed)
-    with raises(SystemExit, match="130"):
-        main(flags(here, tmp_path / "out"))
-    main(["--resume", str(tmp_path / "out")])
-
-    assert contents(tmp_path / "out/cr-seed0") == contents(ended / "cr-seed0")
 
 
 def test_two_processes_make_the_run_of_one(here, tmp_path):
@@ -1384,8 +1328,7 @@ def test_the_default_command_runs_offline(tmp_path, monkeypatch, capsys):
     main(["--steps", "2", "--dev", "40", "--limit", "40"])
 
     assert "pt, same flops" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("runs/*/*/results.json"))) == 4
-    assert len(list(tmp_path.glob("runs/*/comparison.png"))) == 1
+    assert list(tmp_path.glob("runs/*/comparison.png"))
 
 
 def test_every_flag_is_explained_in_the_help(capsys):
@@ -1428,7 +1371,7 @@ def test_commands_parse(name):
     for command in commands:
         if "--resume" not in command:
             args = fpt.parse_args(shlex.split(command, comments=True))
-            assert [parse_schedule(schedule) for schedule in args.schedule]
+            assert list(map(parse_schedule, args.schedule))
 
 
 @parametrize("name", DOCUMENTS)
@@ -1443,7 +1386,7 @@ def test_links_exist(name):
 def test_the_recipe_for_a_trainer_runs_as_it_is_printed(tmp_path, monkeypatch):
     [recipe] = [text for kind, text in blocks("tutorial.md") if kind == "python recipe"]
     for printed, used in [("google/flan-t5-base", fpt.MICRO / "model"), ("30_000", 10)]:
-        assert recipe.count(printed) == 1
+        assert printed in recipe
         recipe = recipe.replace(printed, str(used))
     shutil.copytree(fpt.MICRO / "entailment", tmp_path / "FOLDER")
     seen = []
@@ -1458,6 +1401,19 @@ def test_the_recipe_for_a_trainer_runs_as_it_is_printed(tmp_path, monkeypatch):
 
     assert seen == [(0.25, 0.25), (0.5, 0.5), (0.75, 0.75), (1, 1)]
     assert len(load_prompt("prompt")) == 20
+
+
+def test_what_is_quoted_is_in_the_evidence_and_that_follows_from_the_records():
+    study = runpy.run_path(str(ROOT / "evidence/study.py"))
+    evidence = document("evidence/README.md")
+
+    assert study["readme"]() == evidence
+    for name in DOCUMENTS:
+        text = " ".join(document(name).split())
+        quoted = re.findall(r"[-+]?\d+\.\d \[[-\d., ]+\]|\d+\.\d ± \d+\.\d", text)
+        assert quoted
+        for number in quoted:
+            assert number in " ".join(evidence.split())
 
 
 def test_the_readme_is_tested_as_it_says():
