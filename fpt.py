@@ -21,11 +21,11 @@ is carried through every growth.
     prompt tuning (PT), the baseline     the schedule "pt": one stage, the full model
     "Improve"                            gain, in compare
 
-A schedule is worth its trouble if its *gain* is above zero: its dev score minus PT's at
-the point where PT has spent as many FLOPs. Ending near PT with fewer FLOPs proves
-nothing, since PT stopped early may do as well. tutorial.md reports what was measured
-and when FPT fails. (t5-base saw RTE in its own pre-training: its score there shows that
-a run works, not what a prompt can learn.)
+A schedule is worth its trouble if its *gain* is above zero. The gain is its dev score
+minus PT's, read where PT has spent as many FLOPs. Ending near PT with fewer FLOPs
+proves nothing, since PT stopped early may do as well. tutorial.md reports what was
+measured and when FPT fails. (t5-base saw RTE in its own pre-training: its score there
+shows that a run works, not what a prompt can learn.)
 
 To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
 modules, and know nothing of tasks, settings or processes. (They import copy, functools,
@@ -89,11 +89,11 @@ def kept_layers(total, keep):
         raise ValueError(f"cannot keep {keep} of {total} layers")
     if keep == 1:
         return [0]
-    gap, wider = divmod(total - 1, keep - 1)  # the last `wider` gaps are wider by one
+    gap, wider = divmod(total - 1, keep - 1)
+    gaps = [gap] * (keep - 1 - wider) + [gap + 1] * wider  # for 3 of 12: [5, 6]
     layers = [0]
-    for i in range(keep - 1):
-        is_wider = i >= keep - 1 - wider
-        layers.append(layers[-1] + gap + is_wider)
+    for gap in gaps:
+        layers.append(layers[-1] + gap)
     return layers
 
 
@@ -119,25 +119,28 @@ def neuron_scores(model, prompt, batches):
     hooks = []
     examples = 0
 
-    def add(total, side, wo, inputs):  # the last two come from PyTorch
-        activation = inputs[0].abs().float()  # [B, positions, d_ff]
-        mask = masks[side].unsqueeze(-1)  # [B, positions, 1]
-        mean = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, d_ff]
-        total += mean.sum(0)  # in place, so totals has it
+    def listen(side, wo):
+        total = torch.zeros(wo.in_features, device=model.device)
+
+        def add(wo, inputs):  # PyTorch calls it whenever `wo` is run
+            activation = inputs[0].abs().float()  # [B, positions, d_ff]
+            mask = masks[side].unsqueeze(-1)  # [B, positions, 1]
+            mean = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, d_ff]
+            total.add_(mean.sum(0))
+
+        totals[side].append(total)
+        hooks.append(wo.register_forward_pre_hook(add))
 
     for side in totals:
         for block in getattr(model, side).block:
-            wo = block.layer[-1].DenseReluDense.wo
-            total = torch.zeros(wo.in_features, device=model.device)
-            totals[side].append(total)
-            hook = functools.partial(add, total, side)
-            hooks.append(wo.register_forward_pre_hook(hook))
+            listen(side, block.layer[-1].DenseReluDense.wo)
     soft_prompt = SoftPrompt(prompt).to(model.device)
     try:
         for batch in batches:
             labels = batch["labels"]
             embeds, masks["encoder"] = soft_prompt(model, batch)
             masks["decoder"] = labels != -100
+            # Run for the hooks alone.
             token_losses(model, masks["encoder"], labels, inputs_embeds=embeds)
             examples += len(labels)
     finally:
@@ -147,22 +150,19 @@ def neuron_scores(model, prompt, batches):
 
 
 def narrow_ffn(ffn, scores, width):
-    """Keep a share `width` of the neurons of an FFN, those with the top scores [d_ff].
+    """Keep a share `width` of the neurons of an FFN, the best by their scores [d_ff].
 
-    They stay in order, and a wider choice contains a narrower one. Raises ValueError if
-    the scores have another length, or if a layer of the FFN is no plain nn.Linear.
+    They stay in order, and those kept at a small width are also kept at a larger one.
+    Raises ValueError if the scores have another length, or if a layer of the FFN is no
+    plain nn.Linear.
     """
     if len(scores) != ffn.wo.in_features:
         raise ValueError("these scores belong to a model with another d_ff")
     count = max(1, round_half_up(width * len(scores)))
     ranking = scores.argsort(descending=True, stable=True)
     keep = ranking[:count].sort().values.to(ffn.wo.weight.device)
-    for name in (
-        "wi",
-        "wi_0",
-        "wi_1",
-        "wo",
-    ):  # wi in T5 v1.0, wi_0 and wi_1 in gated T5s
+    # T5 v1.0 has wi, gated T5s have wi_0 and wi_1.
+    for name in ("wi", "wi_0", "wi_1", "wo"):
         linear = getattr(ffn, name, None)
         if linear is None:
             continue
@@ -189,7 +189,7 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
         depth, width: in (0, 1]; numbers of layers and neurons are rounded half up.
         scores: of `neuron_scores` for this model; needed where width < 1.
-        decoder: False leaves the decoder whole, as in the paper if targets are labels.
+        decoder: False leaves the decoder whole, as the paper does for classification.
     Raises:
         ValueError: a share outside (0, 1], scores missing or of another model, an FFN
             that `narrow_ffn` refuses, or a model of another kind. (umt5 is refused
@@ -201,8 +201,8 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         raise ValueError(
             f"depth {depth}, width {width}: (0, 1]; width < 1 needs scores"
         )
-    # deepcopy takes an object for copied if its memo says so. The memo has all tensors
-    # here, so that modules are copied and tensors are shared.
+    # deepcopy skips what its memo lists. All tensors are listed, so they are shared and
+    # only the modules are copied.
     shared = {id(tensor): tensor for tensor in model.parameters()}
     partial = copy.deepcopy(model, memo=shared)
     for side in ["encoder", "decoder"] if decoder else ["encoder"]:
@@ -229,8 +229,8 @@ class Stage:
     share: float
 
 
-# Depth x width : share of the updates. Of 30,000, 6,000 are made in each of the first
-# three stages and 12,000 on the full model.
+# Depth x width : share of the updates. Of 30,000 updates, 6,000 are made in each of the
+# first three stages of `cr`, and 12,000 on the full model.
 PRESETS = {
     "pt": "1x1:1",  # prompt tuning, the baseline
     "ld": "0.25x1:0.2, 0.5x1:0.2, 0.75x1:0.2, 1x1:0.4",  # layer dropping
@@ -274,7 +274,7 @@ def stage_at(schedule, step, steps):
 
     The model grows after the last update of a stage: of 30,000, update 6,000 is still
     made in the first stage of `cr`.
-    Official: the same; but resumed in its last stage, it runs the smallest model.
+    Official: the same, but a run resumed in its last stage uses the smallest model.
     """
     end = 0.0
     for index, stage in enumerate(schedule):
@@ -292,9 +292,9 @@ def step_flops(model, batch, source, target, backward=True):
 
     An update costs about two forward passes, not three as in ordinary training. On the
     way back, a linear layer makes one product for the gradient of its input. The other
-    one, for the gradient of its weights, is never made, since they are frozen. The
-    exception are the two products of an attention, whose backward pass costs twice
-    their forward: both of their inputs depend on the prompt.
+    one, for the gradient of its weights, is never made, since they are frozen. Only the
+    two products of an attention cost twice their forward: both of their inputs depend
+    on the prompt.
 
     Args:
         model: a T5, whole or partial.
@@ -319,18 +319,19 @@ def step_flops(model, batch, source, target, backward=True):
         back += linear + 4 * product
     for index, block in enumerate(model.decoder.block):
         attention, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
-        linear = per_target * weights(attention)
-        product = per_target * target * attention.inner_dim
-        queries = per_target * weights(cross.q)
-        rest = 2 * per_source * weights(cross.k)  # keys and values of the whole source
-        rest += per_target * (weights(cross.o) + weights(block.layer[2]))  # and the FFN
-        cross_product = per_target * source * cross.inner_dim
-        ahead += linear + 2 * product + queries + rest + 2 * cross_product
-        # Gradients of the keys, of the attention weights and of the values.
-        back += rest + 3 * cross_product
-        # And of the queries, but for layer 0: its queries have not met the prompt yet.
+        # Keys and values of the whole source, output of the cross-attention, and FFN.
+        linear = 2 * per_source * weights(cross.k)
+        linear += per_target * (weights(cross.o) + weights(block.layer[2]))
+        product = per_target * source * cross.inner_dim
+        ahead += linear + 2 * product
+        back += linear + 3 * product  # for keys, attention weights, values
+        # Self-attention, and the queries of the cross-attention. Those of layer 0 come
+        # before the decoder has met the prompt, so no gradient is passed on to them.
+        linear = per_target * (weights(attention) + weights(cross.q))
+        own_product = per_target * target * attention.inner_dim
+        ahead += linear + 2 * own_product
         if index > 0:
-            back += linear + 4 * product + queries + cross_product
+            back += linear + 4 * own_product + product  # the last one for the queries
     return ahead + back if backward else ahead
 
 
@@ -364,7 +365,7 @@ def token_losses(model, mask, labels, **inputs):
     """Negative log-likelihood [B, S] of the target tokens, in fp32; 0 where padded.
 
     labels are [B, S], -100 where padded. inputs is inputs_embeds=[B, P+T, d], or
-    encoder_outputs=..., and mask [B, P+T] belongs to it.
+    encoder_outputs=..., and mask [B, P+T] covers its positions.
     """
     shifted = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S]
     output = model(
@@ -408,7 +409,7 @@ def save_prompt(folder, prompt, model_name):
     config = {
         "peft_type": "PROMPT_TUNING",
         "task_type": "SEQ_2_SEQ_LM",  # without it, PEFT ignores the prompt it loads
-        "num_transformer_submodules": 1,  # PEFT's default, 2, asks for P unused rows
+        "num_transformer_submodules": 1,  # else PEFT asks for P more, unused vectors
         "num_virtual_tokens": len(prompt),
         "base_model_name_or_path": model_name,
     }
@@ -438,10 +439,11 @@ def load_prompt(folder):
 def adafactor(prompt, lr):
     """The paper's optimiser: it divides a gradient by the usual size of earlier ones.
 
-    So a step has a root mean square of `lr` at most, whatever the scale of the loss. At
-    a growth it goes on as it is. For a while it divides the larger model's gradients by
-    the usual size of the smaller one's: if they are smaller, so are its steps. It looks
-    back about t^0.8 updates at update t, that is a thousand at update 6,000.
+    It caps the root mean square of a step at `lr`. At a growth its memory stays: for a
+    while, gradients of the larger model are divided by the usual size of the smaller
+    one's. If they are smaller, the steps are too small until the memory fades; if they
+    are larger, the cap holds. At update t it reaches back some t^0.8 updates, which is
+    Adafactor's default: a thousand at update 6,000.
     torch.optim.Adafactor does not fit: it decays lr and scales by the prompt's size.
     """
     return Adafactor(
@@ -456,7 +458,7 @@ def adafactor(prompt, lr):
 def gradient(model, prompt, batch):
     """Forward and backward: the loss of a batch and its gradient for the prompt [P, d].
 
-    The batch is on the model's device. Nothing here waits for that device.
+    The batch is on the model's device. There is no host synchronisation here.
     Official: the loss is the mean of the means of micro-batches.
     """
     labels = batch["labels"]  # [B, S]
@@ -475,11 +477,11 @@ def padded_shape(prompt, batch):
 
 @dataclass
 class Run:
-    """How far a run has come: what it is resumed from, with prompt and optimiser."""
+    """How far a run has come: with prompt and optimiser, enough to resume it."""
 
     step: int = 0  # updates made
     flops: int = 0  # what they cost; it may begin with the cost of scoring neurons
-    pt_flops: int = 0  # what prompt tuning pays for the same batches
+    pt_flops: int = 0  # what prompt tuning would pay for the same batches
     seconds: float = 0.0  # of the updates, without evaluations
     losses: list = field(default_factory=list)  # since the last evaluation
     log: list = field(default_factory=list)  # a row for each evaluation
@@ -526,12 +528,12 @@ def train(
         if stage != stage_at(schedule, step, steps):
             stage = stage_at(schedule, step, steps)
             size = schedule[stage]
-            partial = partial_t5(model, size.depth, size.width, scores, decoder)
-            cost = functools.cache(functools.partial(step_flops, partial))
+            current = partial_t5(model, size.depth, size.width, scores, decoder)
+            cost = functools.cache(functools.partial(step_flops, current))
         # 2. Batch: the same one for every schedule, so that scores can be compared.
         batch = next(batches)
         # 3. Forward through the frozen partial model, and back to the prompt.
-        loss, prompt.weight.grad = gradient(partial, prompt, batch)
+        loss, prompt.weight.grad = gradient(current, prompt, batch)
         # 4. Update, with the paper's clipping.
         nn.utils.clip_grad_norm_([prompt.weight], 1.0)
         optimizer.step()
@@ -541,7 +543,7 @@ def train(
         shape = padded_shape(prompt.weight, batch)
         run.flops += cost(*shape)
         run.pt_flops += pt_cost(*shape)
-        # 6. Evaluation, of the final model. Official: of the one that is being trained.
+        # 6. Evaluation, on the model that the prompt is for. Official: on the current.
         if step % eval_every == 0 or step == steps:
             losses = torch.stack(run.losses).tolist()  # waits for the device
             run.seconds += time.perf_counter() - start

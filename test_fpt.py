@@ -58,14 +58,13 @@ ROOT = Path(__file__).resolve().parent
 P = 3  # vectors of a prompt
 START = torch.randn(P, 16, generator=torch.Generator().manual_seed(4))
 
-# What our own calls get wrong is blamed on the module that they land in.
+# What our own calls get wrong is blamed on the module that they land in. The last two
+# are calls of PEFT and of transformers' Trainer.
 CALLED = "(fpt|transformers|torchmetrics|datasets|pandas)[.]?.*"
 pytestmark = [
     pytest.mark.filterwarnings(f"error::DeprecationWarning:{CALLED}"),
     pytest.mark.filterwarnings(f"error::FutureWarning:{CALLED}"),
-    pytest.mark.filterwarnings(
-        "ignore:.*(is_gradient_check|pin_memory)"
-    ),  # PEFT, Trainer
+    pytest.mark.filterwarnings("ignore:.*(is_gradient_checkpointing|pin_memory)"),
 ]
 parametrize = pytest.mark.parametrize
 
@@ -543,14 +542,6 @@ def test_a_prompt_stands_before_the_source_and_is_attended_to():
     assert mask.sum() == 5 * P + batch["attention_mask"].sum()
 
 
-def peft_model(**how):
-    config = peft.PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, **how
-    )
-    model = peft.get_peft_model(tiny(), config).eval()
-    return model, model.prompt_encoder["default"].embedding.weight
-
-
 def test_a_prompt_is_fp32_and_gives_a_bf16_model_bf16():
     prompt = SoftPrompt(START.bfloat16())
 
@@ -584,6 +575,14 @@ def test_a_vocab_prompt_takes_frequent_tokens_once_and_no_special_one(vocabulary
 def test_more_vocab_vectors_than_tokens_are_refused():
     with raises(ValueError, match="62 vectors, but only 61"):
         draw("vocab", 62, torch.zeros(64, 16))
+
+
+def peft_model(**how):
+    config = peft.PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P, **how
+    )
+    model = peft.get_peft_model(tiny(), config).eval()
+    return model, model.prompt_encoder["default"].embedding.weight
 
 
 @parametrize("kind", KINDS)
@@ -1105,9 +1104,6 @@ def ended(here, tmp_path_factory):
     return out
 
 
-WRITES = [(os, "replace", number) for number in range(10, 18)]
-
-
 def test_the_files_of_a_run_agree_with_each_other(ended, here):
     folder = ended / "cr-seed0"
     task = load_task(f"{here}/task", dev=500)
@@ -1235,7 +1231,7 @@ def test_a_head_that_was_overwritten_by_the_embeddings_is_refused(tmp_path):
         load_model(tmp_path, "cpu", "fp32")
 
 
-def test_a_model_without_a_tokenizer_is_refused(here, tmp_path):
+def test_a_model_without_a_tokenizer_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
 
     with raises(ValueError, match="tokenizer"):
@@ -1281,6 +1277,9 @@ def test_a_bad_flag_ends_in_one_line_and_writes_nothing(
 
     assert re.fullmatch(f"fpt.py: error: .*({says}).*\n", capfd.readouterr().err)
     assert not Path("out").exists()
+
+
+WRITES = [(os, "replace", number) for number in range(10, 18)]
 
 
 @parametrize("module, name, number", [(fpt, "gradient", 17), *WRITES])
