@@ -316,7 +316,7 @@ def as_result(cell):
     late = log.dev[log.step >= 0.6 * log.step.max()]
     return cell | {
         "schedule": cell["change"] or cell["schedule"],
-        "log": log,
+        "log": log.to_dict("records"),
         "best_dev": log.best.max(),
         "flops": log.flops.max(),
         "begun": late.iloc[0],
