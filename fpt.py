@@ -1181,11 +1181,11 @@ def tune(model, task, settings, name, seed, folder):
         if not run.losses and RANK == 0:  # there was an evaluation: save the state
             tqdm.write(f"update {run.step}, dev {run.log[-1]['dev']:.2f}")
             folder.mkdir(exist_ok=True)
+            write_lines(folder / "log.jsonl", run.log)  # first, so as to lack no row
             state = {"run": vars(run), "prompt": prompt.state_dict()}
             state["optimizer"] = optimizer.state_dict()
             torch.save(state, folder / "draft")
             os.replace(folder / "draft", folder / "state.pt")  # whole or not at all
-            write_lines(folder / "log.jsonl", run.log)
     last = schedule[-1]
     return run, partial_t5(model, last.depth, last.width, scores, not task.labels)
 
