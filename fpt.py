@@ -670,7 +670,9 @@ def hub_examples(task, row):
         answers = [row["summary"]]
     elif "entities" in row:  # ReCoRD
         answers = list(dict.fromkeys(row["answers"]))
-        passage = row["passage"].replace("\n@highlight\n", ". ")  # of bullet points
+        # The passage ends in bullet points. Those without a full stop get one.
+        passage = regex.sub(r"(?<=[.?!\"'])\n@highlight\n", " ", row["passage"])
+        passage = passage.replace("\n@highlight\n", ". ")
         row = {**row, "entities": ", ".join(row["entities"]), "passage": passage}
     else:  # SQuAD 2.0
         answers = row["answers"]["text"] or ["no answer"]
@@ -719,11 +721,13 @@ def encode(task, tokenizer, max_source):
     from transformers import DataCollatorForSeq2Seq
 
     task.collate = DataCollatorForSeq2Seq(tokenizer)  # Official: pads all to 492 tokens
+    task.label_ids = []
     for label in task.labels:
         ids = tokenizer(task.prefix + label).input_ids
         if ids in task.label_ids:
-            raise ValueError(f"{label!r} has the tokens of another label: reword it")
-        task.label_ids = [*task.label_ids, ids]
+            twin = task.labels[task.label_ids.index(ids)]
+            raise ValueError(f"labels {twin!r} and {label!r} are the same tokens")
+        task.label_ids.append(ids)
     longest = 512 if task.labels else task.max_target
     cut = unknown = 0
     rows = [*task.train, *task.dev, *task.validation]
@@ -1232,6 +1236,8 @@ def main(argv=None):
         print(f"\nIn percent, means ± standard deviations over seeds {settings.seed}")
         print(table(runs))
         figure(runs).savefig(out / "comparison.png", dpi=150)
+    if WORLD > 1:
+        dist.destroy_process_group()
     return runs
 
 

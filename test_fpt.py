@@ -434,12 +434,8 @@ def test_shares_whose_floating_point_sum_is_not_1_are_read():
     "text",
     [
         "",
-        "CR",
         "0.5:1",
-        "1x1:1,",
-        "axb:c",
         "1x1x1",
-        "1x1x1:1",
         "0.5:0.5x0.4",
         "0x1:1",
         "nanx1:1",
@@ -873,12 +869,13 @@ def test_the_first_answer_of_squad_is_learned_and_any_is_right(texts, right):
 
 
 def test_every_answer_of_record_is_learned_and_its_passage_is_of_sentences():
-    row = {"passage": "A\n@highlight\nB", "query": "Q", "entities": ["E", "F G"]}
+    passage = "A\n@highlight\nB!\n@highlight\nC"
+    row = {"passage": passage, "query": "Q", "entities": ["E", "F G"]}
     row["answers"] = ["F G", "F G", "E"]
 
     first, second = hub_examples(TASKS["record"], row)
 
-    assert first.source == "query: Q entities: E, F G passage: A. B"
+    assert first.source == "query: Q entities: E, F G passage: A. B! C"
     assert (first.answers[0], second.answers[0]) == ("F G", "E")
     assert set(second.answers) == {"F G", "E"}
 
@@ -951,7 +948,7 @@ def test_labels_are_not_cut():
 
 
 def test_labels_of_the_same_tokens_are_refused():
-    with raises(ValueError, match="tokens of another"):
+    with raises(ValueError, match="'no' and 'no' are the same tokens"):
         some_task(labels=("no", "no"))
 
 
@@ -1123,13 +1120,14 @@ def test_the_files_of_a_run_agree_with_each_other(ended, here):
 
 
 def test_schedules_of_a_seed_share_the_start_and_the_batches(here, tmp_path):
-    more = "--schedule pt 1x1:0.5,0.5x1:0.5 --seed 0 1 --steps 4 --eval-every 1"
+    """A batch of all train examples: seeds differ in their start alone."""
+    more = "--schedule pt 1x1:.5,.5x1:.5 --seed 0 1 --steps 4 --eval-every 1 --batch 64"
 
     results = main(flags(here, tmp_path / "out", *more.split()))
 
     first, same, second, same_again = [run["log"][1]["loss"] for run in results]
     assert first == same
-    assert second == same_again != first
+    assert second == same_again != approx(first, rel=1e-3)
 
 
 def fake_run(schedule, best, flops, seconds):
