@@ -122,7 +122,7 @@ def neuron_scores(model, prompt, batches):
     def listen(side, wo):
         total = torch.zeros(wo.in_features, device=model.device)
 
-        def add(wo, inputs):  # PyTorch calls it whenever `wo` is run
+        def add(module, inputs):  # PyTorch calls it whenever `wo` is run
             activation = inputs[0].abs().float()  # [B, positions, d_ff]
             mask = masks[side].unsqueeze(-1)  # [B, positions, 1]
             mean = (activation * mask).sum(1) / mask.sum(1).clamp(min=1)  # [B, d_ff]
@@ -161,13 +161,13 @@ def narrow_ffn(ffn, scores, width):
     count = max(1, round_half_up(width * len(scores)))
     ranking = scores.argsort(descending=True, stable=True)
     keep = ranking[:count].sort().values.to(ffn.wo.weight.device)
-    # T5 v1.0 has wi, gated T5s have wi_0 and wi_1.
-    for name in ("wi", "wi_0", "wi_1", "wo"):
-        linear = getattr(ffn, name, None)
-        if linear is None:
+    for name, linear in ffn.named_children():
+        if not name.startswith("w"):  # neither wi (wi_0 and wi_1 in gated T5s) nor wo
             continue
         if type(linear) is not nn.Linear:
-            raise ValueError(f"cannot narrow a {type(linear).__name__}, only nn.Linear")
+            raise ValueError(
+                f"cannot narrow {name}, a {type(linear)}: no plain nn.Linear"
+            )
         if name == "wo":
             weight = linear.weight[:, keep]  # [d, count]
             linear.in_features = count
@@ -201,8 +201,8 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         raise ValueError(
             f"depth {depth}, width {width}: (0, 1]; width < 1 needs scores"
         )
-    # deepcopy skips what its memo lists. All tensors are listed, so they are shared and
-    # only the modules are copied.
+    # deepcopy skips what is in its memo. All parameters are: so modules are copied, and
+    # tensors are shared.
     shared = {id(tensor): tensor for tensor in model.parameters()}
     partial = copy.deepcopy(model, memo=shared)
     for side in ["encoder", "decoder"] if decoder else ["encoder"]:
@@ -220,7 +220,7 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
 # ====== 2 Schedule ====================================================================
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """A partial model, and the share of all updates that are made on it."""
 
@@ -310,29 +310,33 @@ def step_flops(model, batch, source, target, backward=True):
 
     per_source = 2 * batch * source  # FLOPs of a weight that meets all source positions
     per_target = 2 * batch * target
-    ahead = per_target * weights(model.lm_head)  # the forward pass
-    back = ahead  # the backward pass
+    forward_flops = per_target * weights(model.lm_head)
+    backward_flops = forward_flops
     for block in model.encoder.block:
         linear = per_source * weights(block)
         product = per_source * source * block.layer[0].SelfAttention.inner_dim
-        ahead += linear + 2 * product  # queries by keys, attention weights by values
-        back += linear + 4 * product
+        forward_flops += (
+            linear + 2 * product
+        )  # queries by keys, attention weights by values
+        backward_flops += linear + 4 * product
     for index, block in enumerate(model.decoder.block):
         attention, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
         # Keys and values of the whole source, output of the cross-attention, and FFN.
         linear = 2 * per_source * weights(cross.k)
         linear += per_target * (weights(cross.o) + weights(block.layer[2]))
         product = per_target * source * cross.inner_dim
-        ahead += linear + 2 * product
-        back += linear + 3 * product  # for keys, attention weights, values
+        forward_flops += linear + 2 * product
+        backward_flops += linear + 3 * product  # for keys, attention weights, values
         # Self-attention, and the queries of the cross-attention. Those of layer 0 come
         # before the decoder has met the prompt, so no gradient is passed on to them.
         linear = per_target * (weights(attention) + weights(cross.q))
         own_product = per_target * target * attention.inner_dim
-        ahead += linear + 2 * own_product
+        forward_flops += linear + 2 * own_product
         if index > 0:
-            back += linear + 4 * own_product + product  # the last one for the queries
-    return ahead + back if backward else ahead
+            backward_flops += (
+                linear + 4 * own_product + product
+            )  # the last one for the queries
+    return forward_flops + backward_flops if backward else forward_flops
 
 
 # ====== 4 Soft prompt =================================================================
@@ -415,15 +419,16 @@ def save_prompt(folder, prompt, model_name):
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensor = prompt.detach().float().cpu().contiguous()
-    save_file({"prompt_embeddings": tensor}, folder / "adapter_model.safetensors")
+    tensors = {"prompt_embeddings": prompt.detach().float().cpu()}
+    save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def load_prompt(folder):
     """The prompt [P, d], fp32 on the CPU, in a folder of ours or of PEFT's own.
 
-    Raises OSError or ValueError if there is none, or one that is not finite.
+    Raises ValueError if there is none or one that is not finite, and what json and
+    safetensors raise for files that are damaged.
     """
     config = json.loads(Path(folder, "adapter_config.json").read_text("utf-8"))
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
@@ -488,7 +493,7 @@ class Run:
     best_dev: float = -math.inf  # the best dev score so far
     best_prompt: Tensor = None  # the prompt [P, d] that reached it, the later on ties
 
-    def record(self, stage, prompt, loss, dev):
+    def record(self, index, prompt, loss, dev):
         """Note an evaluation; keep the prompt [P, d] if it ties or beats the best.
 
         Raises FloatingPointError if the loss or the prompt is not finite.
@@ -498,7 +503,7 @@ class Run:
         if dev >= self.best_dev:
             self.best_dev = dev
             self.best_prompt = prompt.detach().clone()
-        row = {"step": self.step, "stage": stage + 1, "loss": loss, "dev": dev}
+        row = {"step": self.step, "stage": index + 1, "loss": loss, "dev": dev}
         self.log.append({**row, "best": self.best_dev, "flops": self.flops})
         self.losses = []
 
@@ -521,14 +526,15 @@ def train(
     """FPT: one prompt, one optimiser, a model that grows. Yields `run` every update."""
     final = partial_t5(model, schedule[-1].depth, schedule[-1].width, scores, decoder)
     pt_cost = functools.cache(functools.partial(step_flops, model))
-    stage = None
-    start = time.perf_counter()
+    index = None
+    started = time.perf_counter()
     for step in range(run.step + 1, steps + 1):
         # 1. Stage. The model grows; the prompt and the optimiser go on as they are.
-        if stage != stage_at(schedule, step, steps):
-            stage = stage_at(schedule, step, steps)
-            size = schedule[stage]
-            current = partial_t5(model, size.depth, size.width, scores, decoder)
+        index_now = stage_at(schedule, step, steps)
+        if index_now != index:
+            index = index_now
+            stage = schedule[index]
+            current = partial_t5(model, stage.depth, stage.width, scores, decoder)
             cost = functools.cache(functools.partial(step_flops, current))
         # 2. Batch: the same one for every schedule, so that scores can be compared.
         batch = next(batches)
@@ -537,7 +543,7 @@ def train(
         # 4. Update, with the paper's clipping.
         nn.utils.clip_grad_norm_([prompt.weight], 1.0)
         optimizer.step()
-        # 5. Ledger. The FLOPs of one shape are counted once.
+        # 5. Ledger (FLOPs are cached for each shape).
         run.step = step
         run.losses.append(loss)
         shape = padded_shape(prompt.weight, batch)
@@ -546,11 +552,12 @@ def train(
         # 6. Evaluation, on the model that the prompt is for. Official: on the current.
         if step % eval_every == 0 or step == steps:
             losses = torch.stack(run.losses).tolist()  # waits for the device
-            run.seconds += time.perf_counter() - start
+            run.seconds += time.perf_counter() - started
             mean_loss = sum(losses) / len(losses)
-            run.record(stage, prompt.weight, mean_loss, evaluate(final, prompt))
-            start = time.perf_counter()
+            run.record(index, prompt.weight, mean_loss, evaluate(final, prompt))
         yield run
+        if not run.losses:  # neither the evaluation nor what the caller did counts
+            started = time.perf_counter()
 
 
 # ====== 6 Tasks and data ==============================================================
@@ -618,10 +625,11 @@ TASKS = {
 def load_task(name, dev, limit=0):
     """The task of this name, from the table or a folder, with its examples.
 
-    `dev` of them, a fifth at most, are held out from train: by their sources, and the
-    same every time. With limit > 0 as many validation examples are kept, at random,
-    since files may be sorted. Raises ValueError for a folder that cannot be used, and
-    what the `datasets` library raises.
+    `dev` of them, a fifth at most but one at least, are held out from train: by their
+    sources, and the same every time. With limit > 0 as many validation examples are
+    kept, at random, since files may be sorted. Says if validation sources are in train,
+    or labels are not. Raises ValueError for a folder that cannot be used, and what the
+    `datasets` library raises.
     Official: chooses prompts and neurons on the split that it reports.
     """
     if name in TASKS:
@@ -630,13 +638,21 @@ def load_task(name, dev, limit=0):
         task = load_folder(Path(name))
     else:
         raise ValueError(f"unknown task {name!r}: use a folder or {', '.join(TASKS)}")
-    mixed = functools.partial(sorted, key=lambda row: zlib.crc32(row.source.encode()))
-    sources = {row.source: row for row in mixed(task.train)}
+    shuffled = functools.partial(
+        sorted, key=lambda row: zlib.crc32(row.source.encode())
+    )
+    sources = {row.source: row for row in shuffled(task.train)}
+    known = sum(row.source in sources for row in task.validation)
+    if known:
+        print(f"warning: {known} sources of validation are in train as well")
+    missing = set(task.labels) - {row.answers[0] for row in task.train}
+    if missing:
+        print(f"warning: train has no example of {sorted(missing)}")
     count = max(1, min(dev, len(sources) // 5))
     task.dev = [sources.pop(source) for source in list(sources)[:count]]
     task.train = [row for row in task.train if row.source in sources]
     if limit:
-        task.validation = mixed(task.validation)[:limit]
+        task.validation = shuffled(task.validation)[:limit]
     return task
 
 
@@ -665,7 +681,8 @@ def hub_examples(task, row):
     That is one, except for ReCoRD: the official code learns every answer to a query.
     """
     if task.labels:
-        answers = [dict(enumerate(task.labels))[row["label"]]]  # KeyError if unlabelled
+        # A row without a label has -1, which a tuple would take for the last label.
+        answers = [dict(enumerate(task.labels))[row["label"]]]
     elif "summary" in row:  # XSum
         answers = [row["summary"]]
     elif "entities" in row:  # ReCoRD
@@ -690,23 +707,32 @@ def load_folder(folder):
     ValueError, with file and line, for what cannot be used.
     """
     place = folder / "task.json"
+    spec = {"labels": [], "metric": "accuracy", "max_target": 64, "prefix": ""}
     examples = {"train": [], "validation": []}
     try:
-        task = Task(**{"prefix": "", **json.loads(place.read_text("utf-8-sig"))})
+        given = json.loads(place.read_text("utf-8-sig"))
+        for key, value in given.items():
+            if type(value) is not type(spec[key]) or value == 0:
+                raise ValueError(
+                    f"{key} cannot be {value!r}; a default is {spec[key]!r}"
+                )
+        task = Task(**spec | given)
         if task.metric not in METRICS:
             raise ValueError(f"metric is one of {METRICS}")
         for name, rows in examples.items():
-            lines = Path(folder, f"{name}.jsonl").read_bytes().strip().split(b"\n")
+            lines = Path(folder, f"{name}.jsonl").read_bytes().rstrip().split(b"\n")
             for number, line in enumerate(lines, 1):
                 place = f"{folder}/{name}.jsonl, line {number}, {line[:80]}"
                 row = json.loads(line)
                 target = row["target"]
                 answers = target if isinstance(target, list) else [target]
-                if not answers or not all(x.strip() for x in [row["source"], *answers]):
+                texts = [text.strip() for text in [row["source"], *answers]]
+                if len(texts) < 2 or "" in texts:
                     raise ValueError("source or target is empty")
+                "".join(texts).encode()  # fails where half a surrogate pair is
                 if task.labels and target not in task.labels:
                     raise ValueError(f"target {target!r} is not one of {task.labels}")
-                rows.append(Example(row["source"], answers))
+                rows.append(Example(row["source"], texts[1:]))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
     return replace(task, **examples)
@@ -715,8 +741,8 @@ def load_folder(folder):
 def encode(task, tokenizer, max_source):
     """Give all examples their tokens, at most max_source and task.max_target of them.
 
-    Says how many are cut, or have tokens that the model does not know. Labels are not
-    cut, or two might become one. Raises ValueError if two are the same tokens anyway.
+    Says how many fill that space, or have tokens that the model does not know. Labels
+    are not cut, or two might become one. ValueError if two are the same tokens anyway.
     """
     from transformers import DataCollatorForSeq2Seq
 
@@ -729,27 +755,31 @@ def encode(task, tokenizer, max_source):
             raise ValueError(f"labels {twin!r} and {label!r} are the same tokens")
         task.label_ids.append(ids)
     longest = 512 if task.labels else task.max_target
-    cut = unknown = 0
-    rows = [*task.train, *task.dev, *task.validation]
-    for start in range(0, len(rows), 1000):  # all at once would take much memory
-        part = rows[start : start + 1000]
-        texts = [row.source for row in part]
+    full = unknown = changed = 0
+    examples = [*task.train, *task.dev, *task.validation]
+    for start in range(0, len(examples), 1000):  # all at once would take much memory
+        part = examples[start : start + 1000]
+        texts = [example.source for example in part]
         sources = tokenizer(texts, truncation=True, max_length=max_source).input_ids
-        texts = [task.prefix + row.answers[0] for row in part]
+        texts = [task.prefix + example.answers[0] for example in part]
         targets = tokenizer(texts, truncation=True, max_length=longest).input_ids
-        for row, source, target in zip(part, sources, targets, strict=True):
-            row.tokens = {"input_ids": source, "labels": target}
-            cut += len(source) == max_source or len(target) == longest
+        for example, source, target in zip(part, sources, targets, strict=True):
+            example.tokens = {"input_ids": source, "labels": target}
+            full += len(source) == max_source or len(target) == longest
             unknown += tokenizer.unk_token_id in source + target
-    if cut:
-        print(f"warning: {cut} of {len(rows)} examples fill --max-source or max_target")
-    if unknown:
-        print(f"warning: {unknown} of {len(rows)} examples have unknown tokens")
+            changed += decode(task, [target]) != [example.answers[0].strip()]
+    for count, what in [
+        (full, "fill --max-source or max_target"),
+        (unknown, "have tokens that this model does not know"),
+        (changed, "have a target that its own tokens do not give back"),
+    ]:
+        if count:
+            print(f"warning: {count} of {len(examples)} examples {what}")
 
 
-def length(row):
-    """Tokens of an example's source."""
-    return len(row.tokens["input_ids"])
+def source_length(example):
+    """The number of tokens of an example's source."""
+    return len(example.tokens["input_ids"])
 
 
 def rng(*key):
@@ -757,8 +787,8 @@ def rng(*key):
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def batches(task, size, device, seed, first=1, pool=200):
-    """Yield the train batches of update `first`, `first` + 1, ... of a seed, for ever.
+def batches(task, size, device, seed, first_update=1, pool=200):
+    """Yield the train batches of a seed from update `first_update` on, without end.
 
     A batch depends on seed and update alone, so all schedules of a seed see the same
     batches, and a run can be resumed. A pass over the examples is shuffled and cut into
@@ -767,28 +797,18 @@ def batches(task, size, device, seed, first=1, pool=200):
     batch at its end are left out of it.
     """
     per_pass = len(task.train) // size
-    for number in itertools.count((first - 1) // per_pass):
+    for number in itertools.count((first_update - 1) // per_pass):
         order = torch.randperm(len(task.train), generator=rng(seed, "pass", number))
-        cut = []
+        pass_batches = []
         for part in order[: per_pass * size].split(pool * size):
             rows = [task.train[i] for i in part]
-            rows.sort(key=length)
-            generator = rng(seed, "pool", number, len(cut))
+            rows.sort(key=source_length)
+            generator = rng(seed, "pool", number, len(pass_batches))
             for i in torch.randperm(len(rows) // size, generator=generator):
-                cut.append(rows[i * size : (i + 1) * size])
-        for rows in cut[max(0, first - 1 - number * per_pass) :]:
+                pass_batches.append(rows[i * size : (i + 1) * size])
+        skipped = max(0, first_update - 1 - number * per_pass)
+        for rows in pass_batches[skipped:]:
             yield task.collate([row.tokens for row in rows]).to(device)
-
-
-def warn(task):
-    """Say before the first update what makes scores mean less than they seem to."""
-    learned = {row.source for row in [*task.train, *task.dev]}
-    known = sum(row.source in learned for row in task.validation)
-    if known:
-        print(f"warning: {known} sources of validation are in train as well")
-    missing = set(task.labels) - {row.answers[0] for row in task.train}
-    if missing:
-        print(f"warning: train has no example of {sorted(missing)}")
 
 
 # ====== 7 Evaluate ====================================================================
@@ -800,13 +820,14 @@ def score(task, predictions, examples):
     """The score of some predicted texts by task.metric, in percent.
 
     accuracy: equal to a right answer. f1: for labels, of the second of two (as in GLUE)
-    or the mean of all; for free text that of SQuAD's script, as is exact_match, both of
-    the best answer. rouge_l: likewise, the F-measure, for words of any script.
+    or the mean of those that occur; for free text that of SQuAD's script, as is
+    exact_match, both of the best answer. rouge_l: the F-measure, likewise, for words of
+    any script.
     Official: EM of raw texts, the summary-level ROUGE-L.
     """
     from torchmetrics import functional
 
-    answers = [row.answers for row in examples]
+    answers = [example.answers for example in examples]
     if task.metric == "rouge_l":
         scores = functional.text.rouge_score(
             predictions,
@@ -830,11 +851,9 @@ def score(task, predictions, examples):
         )
         return 100 * f1.item()
     found, gold = [], []
-    none = {"no answer": ""}  # the script of SQuAD 2.0 takes no text for it
     for i, text in enumerate(predictions):
-        right = [none.get(answer, answer) for answer in answers[i]]
-        found.append({"id": i, "prediction_text": none.get(text, text)})
-        gold.append({"id": i, "answers": {"text": right}})
+        found.append({"id": i, "prediction_text": text})
+        gold.append({"id": i, "answers": {"text": answers[i]}})
     return functional.text.squad(found, gold)[task.metric].item()
 
 
@@ -846,7 +865,7 @@ def evaluate(model, prompt, task, examples):
     the log-likelihoods of its tokens added up. Free text is decoded greedily.
     Official: decodes labels as well, and compares texts.
     """
-    order = sorted(range(len(examples)), key=lambda i: length(examples[i]))
+    order = sorted(range(len(examples)), key=lambda i: source_length(examples[i]))
     own = order[RANK::WORLD]
     texts = {}
     for start in range(0, len(own), EVALUATION_BATCH):
@@ -861,8 +880,7 @@ def evaluate(model, prompt, task, examples):
                 attention_mask=mask,
                 max_new_tokens=task.max_target,
             )
-            found = task.collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            found = [x.strip().removeprefix(task.prefix).strip() for x in found]
+            found = decode(task, ids)
         texts |= zip(chosen, found, strict=True)
     if WORLD > 1:
         parts = [None] * WORLD
@@ -871,6 +889,16 @@ def evaluate(model, prompt, task, examples):
             texts |= part
     predictions = [texts[i] for i in range(len(examples))]
     return score(task, predictions, examples), predictions
+
+
+def decode(task, rows):
+    """Rows of token ids as texts, without <pad>, </s> and the prefix of targets.
+
+    Other special tokens stay: they may be part of an answer.
+    """
+    texts = task.collate.tokenizer.batch_decode(rows)
+    texts = [regex.sub("<pad>|</s>", "", text).strip() for text in texts]
+    return [text.removeprefix(task.prefix.strip()).strip() for text in texts]
 
 
 def likeliest_labels(model, embeds, mask, task):
@@ -889,13 +917,14 @@ def likeliest_labels(model, embeds, mask, task):
 
 
 def write_lines(path, rows):
-    """JSON, a line for each row. A reader finds the old file whole or the new one."""
+    """Write JSON, a line for each row, in one piece: a stop leaves the old file."""
+    path.parent.mkdir(exist_ok=True)
     draft = path.with_name("draft")
     draft.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     os.replace(draft, path)
 
 
-def first(log, key, least, wanted):
+def at_first(log, key, least, wanted):
     """What is `wanted` at the first evaluation with that much of `key`; NaN if none."""
     for row in log:
         if row[key] >= least:
@@ -903,61 +932,66 @@ def first(log, key, least, wanted):
     return math.nan
 
 
-def compare(runs):
+def compare(results):
     """A pandas DataFrame with a row for each run: scores, and costs beside `pt`'s.
 
     dev, validation: scores of the chosen prompt. flops, seconds: of training, in
     percent of the `pt` run with the same seed. pt, same flops: the dev score of that
     run when it had spent as many FLOPs, or at the evaluation just after. gain: dev less
     that, the paper's "Improve". to 99 %: FLOPs until the best dev score is 99 % of what
-    `pt` ends with, in percent of what `pt` needs. NaN where there is no such thing.
+    `pt` ends with, in percent of what `pt` needs. NaN where that is never reached.
     """
     import pandas
 
-    pt_runs = {run["seed"]: run for run in runs if run["schedule"] == "pt"}
+    pt_runs = {run["seed"]: run for run in results if run["schedule"] == "pt"}
     rows = []
-    for run in runs:
+    for run in results:
         row = {"dev": run["best_dev"], "validation": run["validation"]}
         rows.append(row)
         pt = pt_runs.get(run["seed"])
         if pt:
             goal = 0.99 * pt["best_dev"]
-            pt_spent = first(pt["log"], "best", goal, "flops")
+            pt_spent = at_first(pt["log"], "best", goal, "flops")
             row["flops"] = 100 * run["flops"] / pt["flops"]
             row["seconds"] = 100 * run["seconds"] / pt["seconds"]
-            row["pt, same flops"] = first(pt["log"], "flops", run["flops"], "best")
+            row["pt, same flops"] = at_first(pt["log"], "flops", run["flops"], "best")
             row["gain"] = row["dev"] - row["pt, same flops"]
-            row["to 99 %"] = 100 * first(run["log"], "best", goal, "flops") / pt_spent
-    return pandas.DataFrame(rows, index=[run["schedule"] for run in runs])
+            row["to 99 %"] = (
+                100 * at_first(run["log"], "best", goal, "flops") / pt_spent
+            )
+    return pandas.DataFrame(rows, index=[run["schedule"] for run in results])
 
 
-def table(runs):
+def table(results):
     """`compare` as text: mean ± standard deviation over seeds.
 
     And, from three seeds on, the 95 % interval of the mean gain (Student's t).
     """
     from scipy import stats
 
-    frame = compare(runs)
+    frame = compare(results)
     groups = frame.groupby(level=0, sort=False)
     cells = groups.agg(
         lambda x: f"{x.mean(skipna=False):.1f} ± {x.std(skipna=False):.1f}"
     )
     if "gain" in frame and groups.size().min() > 2:
-        half = stats.t.ppf(0.975, groups.size() - 1) * groups.gain.sem()
+        half = stats.t.ppf(0.975, groups.size() - 1) * groups.gain.agg(stats.sem)
         cells["95 % of gain"] = half.map("± {:.1f}".format)
     return cells.to_string().replace(" ± nan", "      ")
 
 
-def figure(runs):
+def figure(results):
     """A matplotlib Figure: best dev score over training FLOPs, mean of the seeds."""
+    os.environ["MPLBACKEND"] = "Agg"  # that of a notebook works nowhere else
     import pandas
     from matplotlib.figure import Figure
 
     plot = Figure(layout="constrained")
     axes = plot.subplots()
     styles = itertools.cycle(["--", "-", "-.", ":"])  # told apart in grey
-    logs = [pandas.DataFrame(run["log"]).assign(name=run["schedule"]) for run in runs]
+    logs = [
+        pandas.DataFrame(run["log"]).assign(name=run["schedule"]) for run in results
+    ]
     for name, rows in pandas.concat(logs).groupby("name", sort=False):
         mean = rows.groupby("step").mean(numeric_only=True)
         axes.plot(mean.flops, mean.best, next(styles), color="black", label=name)
@@ -1022,20 +1056,25 @@ MICRO_RUN = {  # what `python fpt.py` alone does, in two minutes
     "dev": 250,
     "threads": 1,
 }
-# What may stand beside --resume: where things are and how to compute, not what.
-FREE = {"resume", "model", "task", "device", "threads", "accumulate"}
+# Paths and hardware: nothing that changes the result.
+ALLOWED_WITH_RESUME = ("resume", "model", "task", "device", "threads", "accumulate")
+
+
+def fail(text, code=2):
+    """End the program with one line on stderr."""
+    if RANK == 0:
+        print(f"fpt.py: {text}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def parse_args(argv=None):
     """The command line as settings; a mistake is one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        "fpt.py",
         description=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
-    parser.error = lambda text: parser.exit(2, f"fpt.py: error: {text}; see --help\n")
+    parser.error = lambda text: fail(f"error: {text}; see --help")
     for name, default in SETTINGS.items():
         several = isinstance(default, list)
         parser.add_argument(
@@ -1045,19 +1084,22 @@ def parse_args(argv=None):
             help=argparse.SUPPRESS,
         )
     given = vars(parser.parse_args(argv))
-    settings = dict(SETTINGS, out=time.strftime("runs/%Y-%m-%d_%H%M%S"))
+    settings = SETTINGS | {"out": time.strftime(f"runs/%Y-%m-%d_%H%M%S_{os.getpid()}")}
     if "resume" in given:
-        if given.keys() - FREE:
-            parser.error(f"beside --resume only {', '.join(sorted(FREE))} may be given")
-        given["out"] = given["resume"]
-        saved = Path(given["out"], "settings.json").read_text("utf-8")
-        settings |= json.loads(saved)
+        saved = Path(given["resume"], "settings.json")
+        if given.keys() - ALLOWED_WITH_RESUME or not saved.exists():
+            parser.error(f"--resume takes {saved}, and only {ALLOWED_WITH_RESUME}")
+        settings |= json.loads(saved.read_text("utf-8")) | {"out": given["resume"]}
     elif "task" not in given:
         settings |= MICRO_RUN
-    settings = argparse.Namespace(**settings | given)
-    if settings.precision not in ("fp32", "bf16"):
+    settings |= given
+    for name, value in settings.items():
+        least = 0 if name in ("limit", "threads") else 1
+        if isinstance(value, int) and value < least:
+            parser.error(f"--{name.replace('_', '-')} has to be {least} or more")
+    if settings["precision"] not in ("fp32", "bf16"):
         parser.error("--precision is fp32 or bf16; in fp16 T5's activations overflow")
-    return settings
+    return argparse.Namespace(**settings)
 
 
 def load_model(name, device, precision):
@@ -1068,6 +1110,10 @@ def load_model(name, device, precision):
     """
     import transformers
 
+    if Path(name, "adapter_config.json").exists():
+        raise ValueError(
+            f"{name} holds an adapter: merge it, or pass a prompt by --init"
+        )
     transformers.logging.set_verbosity_error()  # its advice on untied heads is wrong
     transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(name, dropout_rate=0.0)
@@ -1085,8 +1131,6 @@ def load_model(name, device, precision):
         raise ValueError(f"{name} has no {min(info['missing_keys'])}")
     if not config.vocab_size / 2 < len(tokenizer) <= config.vocab_size:
         raise ValueError(f"the tokenizer of {name} is absent, or another model's")
-    if config.is_gated_act and model.lm_head.weight.equal(model.shared.weight):
-        raise ValueError(f"the head of {name} was overwritten by its embeddings")
     # Greedy decoding, whatever the model's own generation_config.json says.
     model.generation_config = transformers.GenerationConfig.from_model_config(config)
     return model.to(device).eval().requires_grad_(False), tokenizer
@@ -1133,36 +1177,39 @@ def prepare(settings):
         raise ValueError("--batch: at least processes x parts, at most train examples")
     model, tokenizer = load_model(settings.model, device, settings.precision)
     encode(task, tokenizer, settings.max_source)
-    embeddings = model.shared.weight
-    init_prompt(settings.init, settings.prompt_length, embeddings, rng())  # or it fails
+    start = settings.init, settings.prompt_length, model.shared.weight
+    init_prompt(*start, rng())  # fails early
+    adapter = Path(settings.init, "adapter_config.json")
+    if adapter.exists() and settings.model not in adapter.read_text("utf-8"):
+        print(f"warning: {adapter} is not of {settings.model}: {adapter.read_text()}")
     out = Path(settings.out)
     if RANK == 0 and not settings.resume:
-        out.mkdir(parents=True)  # fails if it is there: nothing is overwritten
+        # Fails if there is anything: nothing is overwritten.
+        out.mkdir(parents=True, exist_ok=not any(out.glob("*")))
         write_lines(out / "settings.json", [vars(settings)])
     return model, task, out
 
 
 def tune(model, task, settings, name, seed, folder):
-    """Train a prompt by one schedule with one seed, or go on from the folder's state.
-
-    Returns the finished Run, and the model on which its prompt is to be used.
-    """
+    """Train, or go on from the folder's state -> the Run, the model of its prompt."""
     schedule = parse_schedule(name)
     draw = functools.partial(batches, task, settings.batch, model.device)
     embeddings, generator = model.shared.weight, rng(seed, "prompt")
-    start = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
-    # From pools of one batch, so not sorted by length: all lengths are met.
-    drawn = draw(f"scores {seed}", pool=1)
+    initial = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
+    drawn = draw(f"scores {seed}", pool=1)  # not sorted by length: a fair sample
     scored = list(itertools.islice(drawn, math.ceil(64 / settings.batch)))
-    scores = neuron_scores(model, start, scored)
-    run = Run()
+    scores = neuron_scores(model, initial, scored)
+    run, prompt = Run(), SoftPrompt(initial).to(model.device)
     if any(stage.width < 1 for stage in schedule):
-        for batch in scored:
-            run.flops += step_flops(model, *padded_shape(start, batch), backward=False)
-    prompt = SoftPrompt(start).to(model.device)
+        costs = [step_flops(model, *padded_shape(initial, x), False) for x in scored]
+        run.flops = sum(costs)
     optimizer = adafactor(prompt, settings.lr)
-    if (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", model.device, weights_only=True)
+    saved = folder / "state.pt"
+    if saved.exists():
+        try:
+            state = torch.load(saved, model.device, weights_only=True)
+        except Exception:
+            fail(f"error: {saved} is damaged; delete it, and that run starts anew")
         run = Run(**state["run"])
         prompt.load_state_dict(state["prompt"])
         optimizer.load_state_dict(state["optimizer"])
@@ -1171,7 +1218,7 @@ def tune(model, task, settings, name, seed, folder):
         prompt,
         optimizer,
         schedule,
-        draw(seed, first=run.step + 1),
+        draw(seed, first_update=run.step + 1),
         lambda final, prompt: evaluate(final, prompt, task, task.dev)[0],
         steps=settings.steps,
         eval_every=settings.eval_every,
@@ -1184,22 +1231,20 @@ def tune(model, task, settings, name, seed, folder):
     for run in tqdm(updates, total=total, file=sys.stdout, disable=None):
         if not run.losses and RANK == 0:  # there was an evaluation: save the state
             tqdm.write(f"update {run.step}, dev {run.log[-1]['dev']:.2f}")
-            folder.mkdir(exist_ok=True)
             write_lines(folder / "log.jsonl", run.log)  # first, so as to lack no row
             state = {"run": vars(run), "prompt": prompt.state_dict()}
             state["optimizer"] = optimizer.state_dict()
             torch.save(state, folder / "draft")
-            os.replace(folder / "draft", folder / "state.pt")  # whole or not at all
+            os.replace(folder / "draft", saved)  # whole or not at all
     last = schedule[-1]
     return run, partial_t5(model, last.depth, last.width, scores, not task.labels)
 
 
-def conclude(run, final, task, folder, **about):
+def report(run, final, task, folder, **about):
     """Score the prompt on validation, write it and the results, and return those."""
     best = SoftPrompt(run.best_prompt)
     validation, texts = evaluate(final, best, task, task.validation)
-    ratio = run.flops / run.pt_flops
-    print(f"validation {validation:.2f}, training FLOPs {ratio:.3f} of pt's")
+    print(f"validation {validation:.2f}, FLOPs {run.flops / run.pt_flops:.3f} of pt's")
     results = {**about, **vars(run), "validation": validation, "best_prompt": None}
     if RANK == 0:
         save_prompt(folder / "prompt", run.best_prompt, final.name_or_path)
@@ -1212,34 +1257,49 @@ def conclude(run, final, task, folder, **about):
 
 def main(argv=None):
     """Run every schedule with every seed on one loaded model; return the results."""
+    settings = parse_args(argv)
     if RANK > 0:
         sys.stdout = io.StringIO()  # the first process speaks for all
     try:
-        settings = parse_args(argv)
         model, task, out = prepare(settings)
-    except Exception as error:
-        print(f"fpt.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(f"{len(task.train)} train examples, on {model.device}; results in {out}")
-    warn(task)
-    runs = []
-    try:
-        for seed, name in itertools.product(settings.seed, settings.schedule):
-            print(f"\n{name}, seed {seed}")
-            folder = out / f"{regex.sub('[:,]', '_', name)}-seed{seed}"
-            run, final = tune(model, task, settings, name, seed, folder)
-            runs.append(conclude(run, final, task, folder, schedule=name, seed=seed))
     except KeyboardInterrupt:
-        print(f"fpt.py: stopped. Go on with --resume {out}", file=sys.stderr)
-        raise SystemExit(130) from None
-    if len(runs) > 1 and RANK == 0:
+        fail("stopped", 130)
+    except Exception as error:  # loaders raise what they like
+        if "FPT_TRACEBACK" in os.environ:
+            raise
+        fail(
+            f"error: {type(error).__name__}: {' '.join(str(error).split())[:600]} "
+            f"(model {settings.model}, task {settings.task}; HF_HUB_OFFLINE=1 without "
+            "network, `git lfs pull` for pointers, FPT_TRACEBACK=1 to see it whole)"
+        )
+    print(f"{len(task.train)} train examples, on {model.device}; results in {out}")
+    results = []
+    try:
+        for seed, name in itertools.product(
+            dict.fromkeys(settings.seed),  # once, whatever is given twice
+            dict.fromkeys(settings.schedule),
+        ):
+            print(f"\n{name}, seed {seed}")
+            label = regex.sub("[:, ]+", "_", name)
+            if len(label) > 99:  # a file system may refuse it
+                label = zlib.crc32(label.encode())
+            folder = out / f"{label}-seed{seed}"
+            run, final = tune(model, task, settings, name, seed, folder)
+            results.append(report(run, final, task, folder, schedule=name, seed=seed))
+    except KeyboardInterrupt:
+        fail(f"stopped. Go on with: python fpt.py --resume {out}", 130)
+    if len(results) > 1 and RANK == 0:
         print(f"\nIn percent, means ± standard deviations over seeds {settings.seed}")
-        print(table(runs))
-        figure(runs).savefig(out / "comparison.png", dpi=150)
-    if WORLD > 1:
-        dist.destroy_process_group()
-    return runs
+        print(table(results))
+        try:
+            figure(results).savefig(out / "comparison.png", dpi=150)
+        except Exception as error:  # the numbers are what counts
+            print(f"no figure: {error}")
+    return results
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not have all letters
     main()
+    if WORLD > 1:
+        dist.destroy_process_group()

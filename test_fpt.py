@@ -669,7 +669,7 @@ def train(schedule, state, **changes):
         prompt=prompt,
         optimizer=optimizer,
         schedule=parse_schedule(schedule),
-        batches=fpt.batches(some_task(), 4, "cpu", 0, first=run.step + 1),
+        batches=fpt.batches(some_task(), 4, "cpu", 0, first_update=run.step + 1),
         run=run,
         **how | changes,
     )
