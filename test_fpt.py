@@ -545,6 +545,12 @@ def draw(how, length, embeddings, seed=0):
     return fpt.init_prompt(how, length, embeddings, generator)
 
 
+def test_the_loss_of_a_bf16_model_is_fp32():
+    loss, _ = fpt.gradient(tiny().bfloat16(), SoftPrompt(START), five())
+
+    assert loss.dtype == torch.float32
+
+
 def test_a_uniform_prompt_fills_the_papers_bounds():
     prompt = draw("uniform", 500, torch.zeros(64, 16))
 
