@@ -1,6 +1,6 @@
 """FPT, Fast Prompt Tuning by progressive training, in one file.
 
-    python fpt.py                             # offline, 2 minutes: pt, cr on a micro T5
+    python fpt.py                             # offline, 2 minutes: a micro T5
     python fpt.py --model t5-base --task rte  # FPT with the paper's settings, for a GPU
     python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # compared
     python fpt.py --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000  # your own
@@ -21,8 +21,8 @@ is carried through every growth.
     prompt tuning (PT), the baseline     the schedule "pt": one stage, the full model
     "Improve"                            gain, in compare
 
-A schedule is worth its trouble if its *gain* is above zero. The gain is its dev score
-minus PT's, read where PT has spent as many FLOPs. Ending near PT with fewer FLOPs
+A schedule is worth its trouble if its *gain* is above zero. The gain is its best dev
+score minus PT's, read where PT has spent as many FLOPs. Ending near PT with fewer FLOPs
 proves nothing, since PT stopped early may do as well. tutorial.md reports what was
 measured and when FPT fails. (t5-base saw RTE in its own pre-training: its score there
 shows that a run works, not what a prompt can learn.)
@@ -89,11 +89,11 @@ def kept_layers(total, keep):
         raise ValueError(f"cannot keep {keep} of {total} layers")
     if keep == 1:
         return [0]
-    gap, wider = divmod(total - 1, keep - 1)
-    gaps = [gap] * (keep - 1 - wider) + [gap + 1] * wider  # for 3 of 12: [5, 6]
+    gap, longer = divmod(total - 1, keep - 1)  # so many gaps are longer by one
+    gaps = [gap] * (keep - 1 - longer) + [gap + 1] * longer  # for 3 of 12: [5, 6]
     layers = [0]
-    for gap in gaps:
-        layers.append(layers[-1] + gap)
+    for step in gaps:
+        layers.append(layers[-1] + step)
     return layers
 
 
@@ -115,7 +115,7 @@ def neuron_scores(model, prompt, batches):
     Official: takes examples of the *validation* split. Take train examples.
     """
     totals = {"encoder": [], "decoder": []}  # a tensor [d_ff] for each layer
-    masks = {}  # of the current batch: [B, positions] for each side
+    masks = {}  # [B, positions] for each side, set before each forward pass
     hooks = []
     examples = 0
 
@@ -134,7 +134,7 @@ def neuron_scores(model, prompt, batches):
     for side in totals:
         for block in getattr(model, side).block:
             listen(side, block.layer[-1].DenseReluDense.wo)
-    soft_prompt = SoftPrompt(prompt).to(model.device)
+    soft_prompt = SoftPrompt(prompt).to(model.device)  # see section 4
     try:
         for batch in batches:
             labels = batch["labels"]
@@ -189,7 +189,7 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
         depth, width: in (0, 1]; numbers of layers and neurons are rounded half up.
         scores: of `neuron_scores` for this model; needed where width < 1.
-        decoder: False leaves the decoder whole, as the paper does for classification.
+        decoder: False leaves it whole, as the paper does for classification.
     Raises:
         ValueError: a share outside (0, 1], scores missing or of another model, an FFN
             that `narrow_ffn` refuses, or a model of another kind. (umt5 is refused
@@ -201,10 +201,10 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         raise ValueError(
             f"depth {depth}, width {width}: (0, 1]; width < 1 needs scores"
         )
-    # deepcopy skips what is in its memo. All parameters are: so modules are copied, and
-    # tensors are shared.
+    # deepcopy skips what is in its memo, its second argument. All parameters are there,
+    # so modules are copied and tensors are shared.
     shared = {id(tensor): tensor for tensor in model.parameters()}
-    partial = copy.deepcopy(model, memo=shared)
+    partial = copy.deepcopy(model, shared)
     for side in ["encoder", "decoder"] if decoder else ["encoder"]:
         stack = getattr(partial, side)
         total = len(stack.block)
@@ -314,28 +314,26 @@ def step_flops(model, batch, source, target, backward=True):
     backward_flops = forward_flops
     for block in model.encoder.block:
         linear = per_source * weights(block)
+        # Of queries by keys; that of attention weights by values costs the same.
         product = per_source * source * block.layer[0].SelfAttention.inner_dim
-        forward_flops += (
-            linear + 2 * product
-        )  # queries by keys, attention weights by values
+        forward_flops += linear + 2 * product
         backward_flops += linear + 4 * product
     for index, block in enumerate(model.decoder.block):
         attention, cross = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
-        # Keys and values of the whole source, output of the cross-attention, and FFN.
-        linear = 2 * per_source * weights(cross.k)
+        # Cross-attention: keys and values of the whole source, the output. And the FFN.
+        linear = per_source * (weights(cross.k) + weights(cross.v))
         linear += per_target * (weights(cross.o) + weights(block.layer[2]))
-        product = per_target * source * cross.inner_dim
-        forward_flops += linear + 2 * product
-        backward_flops += linear + 3 * product  # for keys, attention weights, values
-        # Self-attention, and the queries of the cross-attention. Those of layer 0 come
-        # before the decoder has met the prompt, so no gradient is passed on to them.
+        cross_product = per_target * source * cross.inner_dim
+        forward_flops += linear + 2 * cross_product
+        # For keys, attention weights and values; the fourth, for queries, is below.
+        backward_flops += linear + 3 * cross_product
+        # Self-attention, and cross-attention's queries. In layer 0 they come before the
+        # decoder has met the prompt, so no gradient is passed on to them.
         linear = per_target * (weights(attention) + weights(cross.q))
-        own_product = per_target * target * attention.inner_dim
-        forward_flops += linear + 2 * own_product
+        product = per_target * target * attention.inner_dim
+        forward_flops += linear + 2 * product
         if index > 0:
-            backward_flops += (
-                linear + 4 * own_product + product
-            )  # the last one for the queries
+            backward_flops += linear + 4 * product + cross_product
     return forward_flops + backward_flops if backward else forward_flops
 
 
@@ -369,7 +367,7 @@ def token_losses(model, mask, labels, **inputs):
     """Negative log-likelihood [B, S] of the target tokens, in fp32; 0 where padded.
 
     labels are [B, S], -100 where padded. inputs is inputs_embeds=[B, P+T, d], or
-    encoder_outputs=..., and mask [B, P+T] covers its positions.
+    encoder_outputs=... (for evaluation), and mask [B, P+T] covers its positions.
     """
     shifted = model.prepare_decoder_input_ids_from_labels(labels)  # [B, S]
     output = model(
@@ -435,7 +433,7 @@ def load_prompt(folder):
     prompt = tensors.get("prompt_embeddings")
     if prompt is None or not prompt.isfinite().all():
         raise ValueError(f"{folder} holds no soft prompt, or one that is not finite")
-    return prompt[: config["num_virtual_tokens"]].float()  # further rows are unused
+    return prompt[: config.get("num_virtual_tokens")].float()  # PEFT uses no further
 
 
 # ====== 5 Train =======================================================================
@@ -447,8 +445,8 @@ def adafactor(prompt, lr):
     It caps the root mean square of a step at `lr`. At a growth its memory stays: for a
     while, gradients of the larger model are divided by the usual size of the smaller
     one's. If they are smaller, the steps are too small until the memory fades; if they
-    are larger, the cap holds. At update t it reaches back some t^0.8 updates, which is
-    Adafactor's default: a thousand at update 6,000.
+    are larger, the cap holds. By default it remembers about t^0.8 updates at update t:
+    a thousand at update 6,000.
     torch.optim.Adafactor does not fit: it decays lr and scales by the prompt's size.
     """
     return Adafactor(
@@ -532,8 +530,7 @@ def train(
         # 1. Stage. The model grows; the prompt and the optimiser go on as they are.
         index_now = stage_at(schedule, step, steps)
         if index_now != index:
-            index = index_now
-            stage = schedule[index]
+            index, stage = index_now, schedule[index_now]
             current = partial_t5(model, stage.depth, stage.width, scores, decoder)
             cost = functools.cache(functools.partial(step_flops, current))
         # 2. Batch: the same one for every schedule, so that scores can be compared.
@@ -549,14 +546,15 @@ def train(
         shape = padded_shape(prompt.weight, batch)
         run.flops += cost(*shape)
         run.pt_flops += pt_cost(*shape)
-        # 6. Evaluation, on the model that the prompt is for. Official: on the current.
-        if step % eval_every == 0 or step == steps:
+        # 6. Evaluation, on the last stage's model. Official: on the current one.
+        evaluated = step % eval_every == 0 or step == steps
+        if evaluated:
             losses = torch.stack(run.losses).tolist()  # waits for the device
             run.seconds += time.perf_counter() - started
             mean_loss = sum(losses) / len(losses)
             run.record(index, prompt.weight, mean_loss, evaluate(final, prompt))
         yield run
-        if not run.losses:  # neither the evaluation nor what the caller did counts
+        if evaluated:  # the clock restarts
             started = time.perf_counter()
 
 
@@ -647,7 +645,7 @@ def load_task(name, dev, limit=0):
         print(f"warning: {known} sources of validation are in train as well")
     missing = set(task.labels) - {row.answers[0] for row in task.train}
     if missing:
-        print(f"warning: train has no example of {sorted(missing)}")
+        print(f"warning: {len(missing)} labels are not in train: {sorted(missing)[:9]}")
     count = max(1, min(dev, len(sources) // 5))
     task.dev = [sources.pop(source) for source in list(sources)[:count]]
     task.train = [row for row in task.train if row.source in sources]
@@ -720,7 +718,7 @@ def load_folder(folder):
         if task.metric not in METRICS:
             raise ValueError(f"metric is one of {METRICS}")
         for name, rows in examples.items():
-            lines = Path(folder, f"{name}.jsonl").read_bytes().rstrip().split(b"\n")
+            lines = (folder / f"{name}.jsonl").read_bytes().rstrip().split(b"\n")
             for number, line in enumerate(lines, 1):
                 place = f"{folder}/{name}.jsonl, line {number}, {line[:80]}"
                 row = json.loads(line)
@@ -1248,8 +1246,10 @@ def report(run, final, task, folder, **about):
     results = {**about, **vars(run), "validation": validation, "best_prompt": None}
     if RANK == 0:
         save_prompt(folder / "prompt", run.best_prompt, final.name_or_path)
-        rows = zip(task.validation, texts, strict=True)
-        rows = [[row.source, row.answers, text] for row, text in rows]
+        rows = [
+            [example.source, example.answers, text]
+            for example, text in zip(task.validation, texts, strict=True)
+        ]
         write_lines(folder / "predictions.jsonl", rows)
         write_lines(folder / "results.json", [results])
     return results
@@ -1269,8 +1269,9 @@ def main(argv=None):
             raise
         fail(
             f"error: {type(error).__name__}: {' '.join(str(error).split())[:600]} "
-            f"(model {settings.model}, task {settings.task}; HF_HUB_OFFLINE=1 without "
-            "network, `git lfs pull` for pointers, FPT_TRACEBACK=1 to see it whole)"
+            f"(model {settings.model}, task {settings.task}, init {settings.init}. "
+            "Without network: HF_HUB_OFFLINE=1; for pointers: git lfs pull; "
+            "to see the traceback: FPT_TRACEBACK=1)"
         )
     print(f"{len(task.train)} train examples, on {model.device}; results in {out}")
     results = []
