@@ -364,10 +364,14 @@ def test_shares_outside_0_and_1_and_width_without_scores_are_refused(depth, widt
 
 
 def test_an_ffn_of_other_layers_is_not_narrowed():
-    lora = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["wo"]))
+    class Quantised(torch.nn.Linear):
+        pass
 
-    with raises(ValueError, match="wo.*lora.*no plain nn.Linear"):
-        partial_t5(lora.base_model.model, 1, 0.5, random_scores())
+    model = tiny()
+    ffn(model.encoder.block[0]).wo = Quantised(32, 16, bias=False)
+
+    with raises(ValueError, match="wo.*Quantised.*no plain nn.Linear"):
+        partial_t5(model, 1, 0.5, random_scores())
 
 
 def test_scores_of_another_model_are_refused():
@@ -1197,8 +1201,8 @@ def test_a_table_hides_no_seed_without_a_gain():
 
     pt, cr = fpt.table(runs).splitlines()[1:]
 
-    assert "0.0 ± 0.0" in pt
-    assert "nan" in cr
+    assert pt.endswith("± 0.0")
+    assert not cr.endswith("± 0.0")
 
 
 def test_a_figure_has_a_line_for_each_schedule_seeds_averaged():
