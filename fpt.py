@@ -980,7 +980,6 @@ def table(results):
 
 def figure(results):
     """A matplotlib Figure: best dev score over training FLOPs, mean of the seeds."""
-    os.environ["MPLBACKEND"] = "Agg"  # that of a notebook works nowhere else
     import pandas
     from matplotlib.figure import Figure
 
@@ -1258,6 +1257,7 @@ def report(run, final, task, folder, **about):
 def main(argv=None):
     """Run every schedule with every seed on one loaded model; return the results."""
     settings = parse_args(argv)
+    os.environ["MPLBACKEND"] = "Agg"  # that of a notebook works nowhere else
     if RANK > 0:
         sys.stdout = io.StringIO()  # the first process speaks for all
     try:

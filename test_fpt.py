@@ -1375,7 +1375,9 @@ def test_two_processes_make_the_run_of_one(here, tmp_path):
 
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command = [*torchrun, ROOT / "fpt.py", *flags(here, tmp_path / "two", *more)]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+    how = {"cwd": tmp_path, "text": True, "capture_output": True}
+    odd = {"MPLBACKEND": "of a notebook", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env={**os.environ, **odd}, **how)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("train examples") == 1  # one of them speaks
