@@ -29,9 +29,10 @@ shows that a run works, not what a prompt can learn.)
 
 To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
 modules, and know nothing of tasks, settings or processes. (They import copy, functools,
-json, math, time, dataclass, field, Path, torch, Tensor, nn, Adafactor and safetensors.)
-Sections 6 to 9 are the program around them. Where a line differs on purpose from the
-authors' code (github.com/thunlp/FastPromptTuning), a note begins with "Official:".
+itertools, json, math, time, dataclass, field, Path, torch, Tensor, nn, Adafactor and
+safetensors.) Sections 6 to 9 are the program around them. Where a line differs on
+purpose from the authors' code (github.com/thunlp/FastPromptTuning), a note begins with
+"Official:".
 
 Glossary
     B, P, T, S  examples in a batch; prompt vectors; source and target tokens, padded
@@ -89,12 +90,9 @@ def kept_layers(total, keep):
         raise ValueError(f"cannot keep {keep} of {total} layers")
     if keep == 1:
         return [0]
-    gap, longer = divmod(total - 1, keep - 1)  # so many gaps are longer by one
+    gap, longer = divmod(total - 1, keep - 1)  # this many gaps are one longer
     gaps = [gap] * (keep - 1 - longer) + [gap + 1] * longer  # for 3 of 12: [5, 6]
-    layers = [0]
-    for step in gaps:
-        layers.append(layers[-1] + step)
-    return layers
+    return list(itertools.accumulate(gaps, initial=0))
 
 
 @torch.no_grad()
@@ -111,7 +109,7 @@ def neuron_scores(model, prompt, batches):
         batches: a few dicts of input_ids [B, T], attention_mask [B, T] and labels
             [B, S], on the model's device. Labels are -100 where they are padded.
     Returns:
-        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one a layer, on the CPU.
+        {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one per layer, on the CPU.
     Official: takes examples of the *validation* split. Take train examples.
     """
     totals = {"encoder": [], "decoder": []}  # a tensor [d_ff] for each layer
@@ -165,9 +163,7 @@ def narrow_ffn(ffn, scores, width):
         if not name.startswith("w"):  # neither wi (wi_0 and wi_1 in gated T5s) nor wo
             continue
         if type(linear) is not nn.Linear:
-            raise ValueError(
-                f"cannot narrow {name}, a {type(linear)}: no plain nn.Linear"
-            )
+            raise ValueError(f"{name} is a {type(linear)}, not a plain nn.Linear")
         if name == "wo":
             weight = linear.weight[:, keep]  # [d, count]
             linear.in_features = count
@@ -385,9 +381,10 @@ def init_prompt(how, length, embeddings, generator):
     Args:
         how: "uniform" draws from U(-1/sqrt(d), 1/sqrt(d)), as the paper does. "vocab"
             takes the embeddings of `length` of the 5,000 most frequent tokens, which T5
-            lists first. Anything else is the folder of a saved prompt.
+            lists first (ByT5: bytes). Anything else is the folder of a saved prompt.
         generator: of the CPU, for this draw alone, so that all schedules start alike.
-    Raises ValueError if there are fewer tokens, or the saved prompt has another shape.
+    Raises ValueError if there are not enough tokens, or if the saved prompt has another
+    shape.
     Official: other draws from the same generator come first, so starts differ.
     """
     d = embeddings.shape[1]
@@ -425,15 +422,15 @@ def save_prompt(folder, prompt, model_name):
 def load_prompt(folder):
     """The prompt [P, d], fp32 on the CPU, in a folder of ours or of PEFT's own.
 
-    Raises ValueError if there is none or one that is not finite, and what json and
-    safetensors raise for files that are damaged.
+    Raises ValueError if it holds none, or one that is not finite, and what reading the
+    files raises: FileNotFoundError, or what json and safetensors have.
     """
     config = json.loads(Path(folder, "adapter_config.json").read_text("utf-8"))
     tensors = load_file(Path(folder, "adapter_model.safetensors"))
     prompt = tensors.get("prompt_embeddings")
     if prompt is None or not prompt.isfinite().all():
         raise ValueError(f"{folder} holds no soft prompt, or one that is not finite")
-    return prompt[: config.get("num_virtual_tokens")].float()  # PEFT uses no further
+    return prompt[: config.get("num_virtual_tokens")].float()  # PEFT ignores later rows
 
 
 # ====== 5 Train =======================================================================
@@ -625,9 +622,9 @@ def load_task(name, dev, limit=0):
 
     `dev` of them, a fifth at most but one at least, are held out from train: by their
     sources, and the same every time. With limit > 0 as many validation examples are
-    kept, at random, since files may be sorted. Says if validation sources are in train,
-    or labels are not. Raises ValueError for a folder that cannot be used, and what the
-    `datasets` library raises.
+    kept, at random, since files may be sorted. Warns if train contains validation
+    sources or lacks a label. Raises ValueError for a folder that cannot be used, and
+    what the `datasets` library raises.
     Official: chooses prompts and neurons on the split that it reports.
     """
     if name in TASKS:
@@ -710,7 +707,9 @@ def load_folder(folder):
     try:
         given = json.loads(place.read_text("utf-8-sig"))
         for key, value in given.items():
-            if type(value) is not type(spec[key]) or value == 0:
+            if type(value) is not type(spec[key]) or (
+                key == "max_target" and value < 1
+            ):
                 raise ValueError(
                     f"{key} cannot be {value!r}; a default is {spec[key]!r}"
                 )
@@ -728,7 +727,7 @@ def load_folder(folder):
                 if len(texts) < 2 or "" in texts:
                     raise ValueError("source or target is empty")
                 "".join(texts).encode()  # fails where half a surrogate pair is
-                if task.labels and target not in task.labels:
+                if task.labels and texts[1:] not in [[label] for label in task.labels]:
                     raise ValueError(f"target {target!r} is not one of {task.labels}")
                 rows.append(Example(row["source"], texts[1:]))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -769,7 +768,7 @@ def encode(task, tokenizer, max_source):
     for count, what in [
         (full, "fill --max-source or max_target"),
         (unknown, "have tokens that this model does not know"),
-        (changed, "have a target that its own tokens do not give back"),
+        (changed, "have a target that is not the same when decoded"),
     ]:
         if count:
             print(f"warning: {count} of {len(examples)} examples {what}")
@@ -811,6 +810,8 @@ def batches(task, size, device, seed, first_update=1, pool=200):
 
 # ====== 7 Evaluate ====================================================================
 
+RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # their number
 EVALUATION_BATCH = 128  # examples: more than in an update, for lack of a backward pass
 
 
@@ -933,11 +934,12 @@ def at_first(log, key, least, wanted):
 def compare(results):
     """A pandas DataFrame with a row for each run: scores, and costs beside `pt`'s.
 
-    dev, validation: scores of the chosen prompt. flops, seconds: of training, in
-    percent of the `pt` run with the same seed. pt, same flops: the dev score of that
-    run when it had spent as many FLOPs, or at the evaluation just after. gain: dev less
-    that, the paper's "Improve". to 99 %: FLOPs until the best dev score is 99 % of what
-    `pt` ends with, in percent of what `pt` needs. NaN where that is never reached.
+    dev, validation: scores of the chosen prompt. flops, seconds: of training (and flops
+    of scoring the neurons), in percent of the `pt` run with the same seed. pt, same
+    flops: the dev score of that run when it had spent as many FLOPs, or at the
+    evaluation just after. gain: dev less that, the paper's "Improve". to 99 %: FLOPs
+    until the best dev score is 99 % of what `pt` ends with, in percent of what `pt`
+    needs. NaN where that is never reached.
     """
     import pandas
 
@@ -963,7 +965,7 @@ def compare(results):
 def table(results):
     """`compare` as text: mean ± standard deviation over seeds.
 
-    And, from three seeds on, the 95 % interval of the mean gain (Student's t).
+    With three or more seeds, also the 95 % interval of the mean gain (Student's t).
     """
     from scipy import stats
 
@@ -999,14 +1001,12 @@ def figure(results):
 
 # ====== 9 Command line ================================================================
 
-RANK = int(os.environ.get("RANK", 0))  # of this process among those of torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # their number
 MICRO = Path(__file__).resolve().parent / "micro"  # a small model and a task for it
 HELP = """Fast Prompt Tuning of a T5, with the paper's settings unless others are given.
 
 --model          hub id or folder of a T5, mT5 or ByT5 (without it, a micro T5)
 --task           name in TASKS, or a folder of your own (without it, micro/)
---schedule       pt ld fr cr, or stages such as 0.5x0.5:0.4,1x1:0.6; several in turn
+--schedule       pt ld fr cr, or such as 0.5x0.5:0.4,1x1:0.6; several in turn (cr)
 --seed           of the initial prompt and of the data order; several in turn (0)
 --steps          updates (30000)
 --batch          examples in an update (32)
@@ -1023,6 +1023,9 @@ HELP = """Fast Prompt Tuning of a T5, with the paper's settings unless others ar
 --threads        of the CPU (torch's choice)
 --out            new folder for the results (runs/ with date and time)
 --resume         folder of a stopped command, to go on with its settings
+
+Without --task: pt and cr, seeds 0 and 1, 400 updates, --eval-every 40, --dev 250 and
+--threads 1, if nothing else is given.
 """
 SETTINGS = {  # the flags and their defaults, which are the paper's
     "model": str(MICRO / "model"),
@@ -1054,13 +1057,12 @@ MICRO_RUN = {  # what `python fpt.py` alone does, in two minutes
     "threads": 1,
 }
 # Paths and hardware: nothing that changes the result.
-ALLOWED_WITH_RESUME = ("resume", "model", "task", "device", "threads", "accumulate")
+ALLOWED_WITH_RESUME = "resume model task device threads accumulate"
 
 
 def fail(text, code=2):
     """End the program with one line on stderr."""
-    if RANK == 0:
-        print(f"fpt.py: {text}", file=sys.stderr)
+    print(f"fpt.py: {text}", file=sys.stderr)
     raise SystemExit(code) from None
 
 
@@ -1084,7 +1086,7 @@ def parse_args(argv=None):
     settings = SETTINGS | {"out": time.strftime(f"runs/%Y-%m-%d_%H%M%S_{os.getpid()}")}
     if "resume" in given:
         saved = Path(given["resume"], "settings.json")
-        if given.keys() - ALLOWED_WITH_RESUME or not saved.exists():
+        if given.keys() - ALLOWED_WITH_RESUME.split() or not saved.exists():
             parser.error(f"--resume takes {saved}, and only {ALLOWED_WITH_RESUME}")
         settings |= json.loads(saved.read_text("utf-8")) | {"out": given["resume"]}
     elif "task" not in given:
@@ -1094,6 +1096,8 @@ def parse_args(argv=None):
         least = 0 if name in ("limit", "threads") else 1
         if isinstance(value, int) and value < least:
             parser.error(f"--{name.replace('_', '-')} has to be {least} or more")
+    if not 0 < settings["lr"] < math.inf:
+        parser.error("--lr has to be a number above 0")
     if settings["precision"] not in ("fp32", "bf16"):
         parser.error("--precision is fp32 or bf16; in fp16 T5's activations overflow")
     return argparse.Namespace(**settings)
@@ -1138,8 +1142,7 @@ def gradient_in_parts(model, prompt, batch, parts):
 
     A part counts by its share of the target tokens, so they add up to the whole.
     """
-    loss = torch.zeros((), device=model.device)
-    grad = torch.zeros_like(prompt.weight)
+    loss, grad = 0.0, 0.0
     tokens = (batch["labels"] != -100).sum()
     for i in range(RANK, parts * WORLD, WORLD):
         part = {name: rows[i :: parts * WORLD] for name, rows in batch.items()}
@@ -1171,13 +1174,13 @@ def prepare(settings):
         torch.set_num_threads(settings.threads)
     task = load_task(settings.task, settings.dev, settings.limit)
     if not WORLD * settings.accumulate <= settings.batch <= len(task.train):
-        raise ValueError("--batch: at least processes x parts, at most train examples")
+        raise ValueError("--batch: from processes x --accumulate to the train examples")
     model, tokenizer = load_model(settings.model, device, settings.precision)
     encode(task, tokenizer, settings.max_source)
     start = settings.init, settings.prompt_length, model.shared.weight
     init_prompt(*start, rng())  # fails early
     adapter = Path(settings.init, "adapter_config.json")
-    if adapter.exists() and settings.model not in adapter.read_text("utf-8"):
+    if adapter.exists() and json.dumps(settings.model) not in adapter.read_text():
         print(f"warning: {adapter} is not of {settings.model}: {adapter.read_text()}")
     out = Path(settings.out)
     if RANK == 0 and not settings.resume:
@@ -1193,13 +1196,14 @@ def tune(model, task, settings, name, seed, folder):
     draw = functools.partial(batches, task, settings.batch, model.device)
     embeddings, generator = model.shared.weight, rng(seed, "prompt")
     initial = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
-    drawn = draw(f"scores {seed}", pool=1)  # not sorted by length: a fair sample
-    scored = list(itertools.islice(drawn, math.ceil(64 / settings.batch)))
-    scores = neuron_scores(model, initial, scored)
+    stream = draw(f"scores {seed}", pool=1)  # not sorted by length: a fair sample
+    sample = list(itertools.islice(stream, math.ceil(64 / settings.batch)))
+    scores = neuron_scores(model, initial, sample)
     run, prompt = Run(), SoftPrompt(initial).to(model.device)
     if any(stage.width < 1 for stage in schedule):
-        costs = [step_flops(model, *padded_shape(initial, x), False) for x in scored]
-        run.flops = sum(costs)
+        run.flops = sum(
+            step_flops(model, *padded_shape(initial, x), False) for x in sample
+        )
     optimizer = adafactor(prompt, settings.lr)
     saved = folder / "state.pt"
     if saved.exists():
@@ -1228,7 +1232,7 @@ def tune(model, task, settings, name, seed, folder):
     for run in tqdm(updates, total=total, file=sys.stdout, disable=None):
         if not run.losses and RANK == 0:  # there was an evaluation: save the state
             tqdm.write(f"update {run.step}, dev {run.log[-1]['dev']:.2f}")
-            write_lines(folder / "log.jsonl", run.log)  # first, so as to lack no row
+            write_lines(folder / "log.jsonl", run.log)  # first, so that no row is lost
             state = {"run": vars(run), "prompt": prompt.state_dict()}
             state["optimizer"] = optimizer.state_dict()
             torch.save(state, folder / "draft")
