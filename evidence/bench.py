@@ -115,9 +115,10 @@ def epochs(size):
         padded.append(cut.max(axis=1))
     examples = []
     for length in lengths:
-        source = torch.zeros(length, dtype=torch.int)
-        examples.append(fpt.Example("", [], source_ids=source, target_ids=source[:1]))
-    batches = itertools.islice(fpt.batches(examples, size, "cpu", seed=0), count)
+        examples.append(fpt.Example("", [], {"input_ids": [3] * length, "labels": [1]}))
+    collate = transformers.DataCollatorForSeq2Seq(transformers.ByT5Tokenizer())
+    task = fpt.Task(train=examples, collate=collate)
+    batches = itertools.islice(fpt.batches(task, size, "cpu", seed=0), count)
     ours = [batch["input_ids"].shape[1] for batch in batches]
     return *padded, ours
 

@@ -231,7 +231,7 @@ def transfer(args, cell):
     # The scores of `fpt.tune`.
     seed, generator = f"scores {cell.seed}", fpt.rng(cell.seed, "prompt")
     start = fpt.init_prompt("uniform", 20, model.shared.weight, generator)
-    drawn = fpt.batches(task.train, settings.batch, model.device, seed, pool=1)
+    drawn = fpt.batches(task, settings.batch, model.device, seed, pool=1)
     scores = fpt.neuron_scores(model, start, [next(drawn), next(drawn)])
     matrix = [[] for _ in FIXED]
     for name in FIXED:
