@@ -508,8 +508,8 @@ def train(
     prompt,  # a SoftPrompt on the same device, trained in place
     optimizer,  # of `adafactor`, or another one for prompt.weight
     schedule,  # SCHEDULES["cr"], or another list of stages
-    batches,  # an iterator over batches as in `neuron_scores`, from update run.step + 1
-    evaluate,  # evaluate(model, prompt) -> a float, higher is better; without gradients
+    stream,  # an iterator over batches as in `neuron_scores`, from update run.step + 1
+    dev_score,  # dev_score(model, prompt) -> a float, higher is better; no gradients
     *,
     steps,
     eval_every,
@@ -531,7 +531,7 @@ def train(
             current = partial_t5(model, stage.depth, stage.width, scores, decoder)
             cost = functools.cache(functools.partial(step_flops, current))
         # 2. Batch: the same one for every schedule, so that scores can be compared.
-        batch = next(batches)
+        batch = next(stream)
         # 3. Forward through the frozen partial model, and back to the prompt.
         loss, prompt.weight.grad = gradient(current, prompt, batch)
         # 4. Update, with the paper's clipping.
@@ -549,7 +549,7 @@ def train(
             losses = torch.stack(run.losses).tolist()  # waits for the device
             run.seconds += time.perf_counter() - started
             mean_loss = sum(losses) / len(losses)
-            run.record(index, prompt.weight, mean_loss, evaluate(final, prompt))
+            run.record(index, prompt.weight, mean_loss, dev_score(final, prompt))
         yield run
         if evaluated:  # the clock restarts
             started = time.perf_counter()

@@ -663,7 +663,7 @@ def train(schedule, state, **changes):
     run, prompt, optimizer = state
     how = {
         "model": tiny(),
-        "evaluate": lambda model, prompt: prompt.weight.sum().item(),
+        "dev_score": lambda model, prompt: prompt.weight.sum().item(),
         "steps": 20,
         "eval_every": 5,
         "scores": random_scores(),
@@ -673,7 +673,7 @@ def train(schedule, state, **changes):
         prompt=prompt,
         optimizer=optimizer,
         schedule=parse_schedule(schedule),
-        batches=fpt.batches(some_task(), 4, "cpu", 0, first_update=run.step + 1),
+        stream=fpt.batches(some_task(), 4, "cpu", 0, first_update=run.step + 1),
         run=run,
         **how | changes,
     )
@@ -731,12 +731,12 @@ def test_the_best_prompt_on_the_final_model_is_the_later_of_equals():
     scores = [10.0, 30.0, 30.0, 20.0]
     judged = []
 
-    def evaluate(model, prompt):
+    def judge(model, prompt):
         assert size(model) == (6, 32)
         judged.append(prompt.weight.clone())
         return scores[len(judged) - 1]
 
-    *_, run = train("cr", start(), evaluate=evaluate)
+    *_, run = train("cr", start(), dev_score=judge)
 
     assert [row["best"] for row in run.log] == [10, 30, 30, 30]
     assert run.best_prompt.equal(judged[2])
