@@ -28,11 +28,9 @@ measured and when FPT fails. (t5-base saw RTE in its own pre-training: its score
 shows that a run works, not what a prompt can learn.)
 
 To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
-modules, and know nothing of tasks, settings or processes. (They import copy, functools,
-itertools, json, math, time, dataclass, field, Path, torch, Tensor, nn, Adafactor and
-safetensors.) Sections 6 to 9 are the program around them. Where a line differs on
-purpose from the authors' code (github.com/thunlp/FastPromptTuning), a note begins with
-"Official:".
+modules, and know nothing of tasks, settings or processes. Sections 6 to 9 are the
+program around them. Where a line differs on purpose from the authors' code
+(github.com/thunlp/FastPromptTuning), a note begins with "Official:".
 
 Glossary
     B, P, T, S  examples in a batch; prompt vectors; source and target tokens, padded
@@ -80,8 +78,8 @@ def kept_layers(total, keep):
     """Indices of the layers that layer dropping keeps: 3 of 12 layers are [0, 5, 11].
 
     They are spread evenly. Layer 0 always stays: it alone owns T5's relative position
-    bias, which it hands on to the others. A T5 without it raises no error, but it no
-    longer knows the order of words. If two or more are kept, so is the last one.
+    bias, which it hands on to the others. Without it a T5 still runs without error, but
+    it is blind to word order. If two or more are kept, so is the last one.
 
     Raises ValueError unless 1 <= keep <= total.
     Official: the same rule, with a division by zero for keep=1.
@@ -110,7 +108,7 @@ def neuron_scores(model, prompt, batches):
             [B, S], on the model's device. Labels are -100 where they are padded.
     Returns:
         {"encoder": [Tensor[d_ff], ...], "decoder": [...]}, one per layer, on the CPU.
-    Official: takes examples of the *validation* split. Take train examples.
+    Official: uses *validation* examples. Pass train examples instead.
     """
     totals = {"encoder": [], "decoder": []}  # a tensor [d_ff] for each layer
     masks = {}  # [B, positions] for each side, set before each forward pass
@@ -177,9 +175,9 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
     """A T5 with a share `depth` of the layers of `model`, and `width` of the neurons.
 
     Every tensor it keeps is shared with `model`, which stays as it is; only narrowed
-    FFN matrices take new memory. Nothing makes up for what is missing: a dropped layer
-    just hands on what it is given. Loss, cache and `generate` work as usual. Move, cast
-    or save only `model`.
+    FFN matrices take new memory. Nothing compensates for the missing parts: a dropped
+    layer simply passes its input through. Loss, cache and `generate` work as usual.
+    Never move, cast or save a partial model: that breaks the sharing.
 
     Args:
         model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
@@ -195,7 +193,7 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         raise ValueError(f"a model of type {model.config.model_type} is no T5 or mT5")
     if not (0 < depth <= 1 and 0 < width <= 1) or (width < 1 and scores is None):
         raise ValueError(
-            f"depth {depth}, width {width}: (0, 1]; width < 1 needs scores"
+            f"depth {depth}, width {width} must be in (0, 1]; width < 1 needs scores"
         )
     # deepcopy skips what is in its memo, its second argument. All parameters are there,
     # so modules are copied and tensors are shared.
@@ -381,7 +379,7 @@ def init_prompt(how, length, embeddings, generator):
     Args:
         how: "uniform" draws from U(-1/sqrt(d), 1/sqrt(d)), as the paper does. "vocab"
             takes the embeddings of `length` of the 5,000 most frequent tokens, which T5
-            lists first (ByT5: bytes). Anything else is the folder of a saved prompt.
+            lists first. Anything else is the folder of a saved prompt.
         generator: of the CPU, for this draw alone, so that all schedules start alike.
     Raises ValueError if there are not enough tokens, or if the saved prompt has another
     shape.
@@ -494,7 +492,9 @@ class Run:
         Raises FloatingPointError if the loss or the prompt is not finite.
         """
         if not math.isfinite(loss) or not prompt.isfinite().all():
-            raise FloatingPointError(f"not finite at update {self.step}: a lower rate?")
+            raise FloatingPointError(
+                f"not finite at update {self.step}: lower the rate"
+            )
         if dev >= self.best_dev:
             self.best_dev = dev
             self.best_prompt = prompt.detach().clone()
@@ -621,8 +621,8 @@ def load_task(name, dev, limit=0):
     """The task of this name, from the table or a folder, with its examples.
 
     `dev` of them, a fifth at most but one at least, are held out from train: by their
-    sources, and the same every time. With limit > 0 as many validation examples are
-    kept, at random, since files may be sorted. Warns if train contains validation
+    sources, and the same every time. A limit > 0 keeps that many validation examples,
+    at random, since files may be sorted. Warns if train contains validation
     sources or lacks a label. Raises ValueError for a folder that cannot be used, and
     what the `datasets` library raises.
     Official: chooses prompts and neurons on the split that it reports.
@@ -839,7 +839,7 @@ def score(task, predictions, examples):
     if task.metric == "accuracy":
         pairs = zip(predictions, answers, strict=True)
         return 100 * sum(text in right for text, right in pairs) / len(answers)
-    if task.labels:
+    if task.labels and task.metric == "f1":
         count = len(task.labels)
         f1 = functional.f1_score(
             torch.tensor([task.labels.index(text) for text in predictions]),
@@ -849,10 +849,8 @@ def score(task, predictions, examples):
             average="macro",
         )
         return 100 * f1.item()
-    found, gold = [], []
-    for i, text in enumerate(predictions):
-        found.append({"id": i, "prediction_text": text})
-        gold.append({"id": i, "answers": {"text": answers[i]}})
+    found = [{"id": i, "prediction_text": text} for i, text in enumerate(predictions)]
+    gold = [{"id": i, "answers": {"text": texts}} for i, texts in enumerate(answers)]
     return functional.text.squad(found, gold)[task.metric].item()
 
 
@@ -902,11 +900,11 @@ def decode(task, rows):
 
 def likeliest_labels(model, embeds, mask, task):
     """The label with the smallest loss for each of B sources behind a prompt."""
-    source = model.encoder(inputs_embeds=embeds, attention_mask=mask)
+    encoded = model.encoder(inputs_embeds=embeds, attention_mask=mask)
     losses = []
     for ids in task.label_ids:  # one at a time, to save memory
         target = mask.new_tensor(ids).expand(len(mask), -1)  # [B, S]
-        loss = token_losses(model, mask, target, encoder_outputs=source)  # [B, S]
+        loss = token_losses(model, mask, target, encoder_outputs=encoded)  # [B, S]
         losses.append(loss.sum(1))
     best = torch.stack(losses).argmin(0)  # [B]
     return [task.labels[i] for i in best]
@@ -937,7 +935,7 @@ def compare(results):
     dev, validation: scores of the chosen prompt. flops, seconds: of training (and flops
     of scoring the neurons), in percent of the `pt` run with the same seed. pt, same
     flops: the dev score of that run when it had spent as many FLOPs, or at the
-    evaluation just after. gain: dev less that, the paper's "Improve". to 99 %: FLOPs
+    evaluation just after. gain: dev minus that, the paper's "Improve". to 99 %: FLOPs
     until the best dev score is 99 % of what `pt` ends with, in percent of what `pt`
     needs. NaN where that is never reached.
     """
@@ -1056,7 +1054,7 @@ MICRO_RUN = {  # what `python fpt.py` alone does, in two minutes
     "dev": 250,
     "threads": 1,
 }
-# Paths and hardware: nothing that changes the result.
+# Paths and hardware: nothing that changes a result, but for rounding.
 ALLOWED_WITH_RESUME = "resume model task device threads accumulate"
 
 
@@ -1127,7 +1125,7 @@ def load_model(name, device, precision):
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
         output_loading_info=True,
     )
-    # transformers draws absent weights at random and makes up an absent tokenizer.
+    # transformers silently draws missing weights and invents a missing tokenizer.
     if info["missing_keys"]:
         raise ValueError(f"{name} has no {min(info['missing_keys'])}")
     if not config.vocab_size / 2 < len(tokenizer) <= config.vocab_size:
@@ -1184,7 +1182,7 @@ def prepare(settings):
         print(f"warning: {adapter} is not of {settings.model}: {adapter.read_text()}")
     out = Path(settings.out)
     if RANK == 0 and not settings.resume:
-        # Fails if there is anything: nothing is overwritten.
+        # Fails unless the folder is empty: nothing is overwritten.
         out.mkdir(parents=True, exist_ok=not any(out.glob("*")))
         write_lines(out / "settings.json", [vars(settings)])
     return model, task, out
@@ -1229,7 +1227,7 @@ def tune(model, task, settings, name, seed, folder):
         gradient=functools.partial(gradient_in_parts, parts=settings.accumulate),
     )
     total = settings.steps - run.step
-    for run in tqdm(updates, total=total, file=sys.stdout, disable=None):
+    for _ in tqdm(updates, total=total, file=sys.stdout, disable=None):
         if not run.losses and RANK == 0:  # there was an evaluation: save the state
             tqdm.write(f"update {run.step}, dev {run.log[-1]['dev']:.2f}")
             write_lines(folder / "log.jsonl", run.log)  # first, so that no row is lost
@@ -1285,10 +1283,10 @@ def main(argv=None):
             dict.fromkeys(settings.schedule),
         ):
             print(f"\n{name}, seed {seed}")
-            label = regex.sub("[:, ]+", "_", name)
-            if len(label) > 99:  # a file system may refuse it
-                label = zlib.crc32(label.encode())
-            folder = out / f"{label}-seed{seed}"
+            slug = regex.sub("[:, ]+", "_", name)
+            if len(slug) > 99:  # a file system may refuse it
+                slug = zlib.crc32(slug.encode())
+            folder = out / f"{slug}-seed{seed}"
             run, final = tune(model, task, settings, name, seed, folder)
             results.append(report(run, final, task, folder, schedule=name, seed=seed))
     except KeyboardInterrupt:

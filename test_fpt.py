@@ -1008,6 +1008,7 @@ def test_sources_in_train_and_labels_without_examples_are_warned_of(tmp_path, ca
         ("accuracy", ["a", "b"], 75),
         ("f1", ["a", "b"], 66.7),  # of "b" alone: precision 1/2, recall 1
         ("f1", ["a", "b", "c"], 73.3),  # and 80 of "a"; "c" does not occur
+        ("exact_match", ["a", "b"], 75),
     ],
 )
 def test_labels_are_scored_as_by_hand(metric, labels, expected):
