@@ -760,11 +760,13 @@ def encode(task, tokenizer, max_source):
         sources = tokenizer(texts, truncation=True, max_length=max_source).input_ids
         texts = [task.prefix + example.answers[0] for example in part]
         targets = tokenizer(texts, truncation=True, max_length=longest).input_ids
-        for example, source, target in zip(part, sources, targets, strict=True):
+        for example, source, target, text in zip(
+            part, sources, targets, decode(task, targets), strict=True
+        ):
             example.tokens = {"input_ids": source, "labels": target}
             full += len(source) == max_source or len(target) == longest
             unknown += tokenizer.unk_token_id in source + target
-            changed += decode(task, [target]) != [example.answers[0].strip()]
+            changed += text != example.answers[0].strip()
     for count, what in [
         (full, "fill --max-source or max_target"),
         (unknown, "have tokens that this model does not know"),
@@ -1194,11 +1196,11 @@ def tune(model, task, settings, name, seed, folder):
     draw = functools.partial(batches, task, settings.batch, model.device)
     embeddings, generator = model.shared.weight, rng(seed, "prompt")
     initial = init_prompt(settings.init, settings.prompt_length, embeddings, generator)
-    stream = draw(f"scores {seed}", pool=1)  # not sorted by length: a fair sample
-    sample = list(itertools.islice(stream, math.ceil(64 / settings.batch)))
-    scores = neuron_scores(model, initial, sample)
-    run, prompt = Run(), SoftPrompt(initial).to(model.device)
+    run, prompt, scores = Run(), SoftPrompt(initial).to(model.device), None
     if any(stage.width < 1 for stage in schedule):
+        stream = draw(f"scores {seed}", pool=1)  # not sorted by length: a fair sample
+        sample = list(itertools.islice(stream, math.ceil(64 / settings.batch)))
+        scores = neuron_scores(model, initial, sample)
         run.flops = sum(
             step_flops(model, *padded_shape(initial, x), False) for x in sample
         )
