@@ -544,15 +544,27 @@ def test_a_prompt_is_fp32_and_gives_a_bf16_model_bf16():
     assert embeds.dtype == torch.bfloat16
 
 
-def draw(how, length, embeddings, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return fpt.init_prompt(how, length, embeddings, generator)
+def test_token_losses_add_up_to_those_of_each_example_alone():
+    model, batch = tiny(), five()
+    embeds, mask = SoftPrompt(START)(model, batch)
+
+    losses = fpt.token_losses(model, mask, batch["labels"], inputs_embeds=embeds)
+
+    for found, row in zip(losses, FIVE, strict=True):
+        labels = torch.tensor([row["labels"]])
+        output = model(inputs_embeds=alone(model, START, row), labels=labels)
+        assert_close(found.sum(), output.loss * labels.numel())
 
 
 def test_the_loss_of_a_bf16_model_is_fp32():
     loss, _ = fpt.gradient(tiny().bfloat16(), SoftPrompt(START), five())
 
     assert loss.dtype == torch.float32
+
+
+def draw(how, length, embeddings, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return fpt.init_prompt(how, length, embeddings, generator)
 
 
 def test_a_uniform_prompt_fills_the_papers_bounds():
@@ -617,18 +629,6 @@ def test_what_is_no_prompt_does_not_load(tmp_path):
 
 
 # ====== 5 Train =======================================================================
-
-
-def test_token_losses_add_up_to_those_of_each_example_alone():
-    model, batch = tiny(), five()
-    embeds, mask = SoftPrompt(START)(model, batch)
-
-    losses = fpt.token_losses(model, mask, batch["labels"], inputs_embeds=embeds)
-
-    for found, row in zip(losses, FIVE, strict=True):
-        labels = torch.tensor([row["labels"]])
-        output = model(inputs_embeds=alone(model, START, row), labels=labels)
-        assert_close(found.sum(), output.loss * labels.numel())
 
 
 def test_gradient_is_that_of_the_stock_loss():
