@@ -1,6 +1,6 @@
 """FPT, Fast Prompt Tuning by progressive training, in one file.
 
-    python fpt.py                             # offline, 2 minutes: a micro T5
+    python fpt.py                             # offline, 2 minutes: film reviews
     python fpt.py --model t5-base --task rte  # FPT with the paper's settings, for a GPU
     python fpt.py --model t5-base --task rte --schedule pt cr --seed 0 1 2  # compared
     python fpt.py --task FOLDER --schedule 0.5x0.5:0.4,1x1:0.6 --steps 2000  # your own
@@ -11,7 +11,7 @@ a frozen T5. Few numbers are trained, yet every update runs the whole model forw
 backward. FPT (Huang et al., Findings of EMNLP 2022, arXiv 2211.06840) makes the early
 updates cheap: it trains the prompt first on a *partial* model, a T5 with layers dropped
 and FFN neurons removed. That model grows in stages to the full one, and the same prompt
-is carried through every growth.
+is carried through all of them.
 
     in the paper                         here
     partial PLM, layer dropping (LD)     kept_layers, partial_t5
@@ -21,11 +21,11 @@ is carried through every growth.
     prompt tuning (PT), the baseline     the schedule "pt": one stage, the full model
     "Improve"                            gain, in compare
 
-A schedule is worth its trouble if its *gain* is above zero. The gain is its best dev
-score minus PT's, read where PT has spent as many FLOPs. Ending near PT with fewer FLOPs
-proves nothing, since PT stopped early may do as well. tutorial.md reports what was
-measured and when FPT fails. (t5-base saw RTE in its own pre-training: its score there
-shows that a run works, not what a prompt can learn.)
+A schedule is worth its trouble if its *gain*, interval and all, is above zero. The gain
+is its best dev score minus PT's, read where PT has spent as many FLOPs. Ending near PT
+with fewer FLOPs proves nothing, since PT stopped early may do as well. tutorial.md
+reports what was measured and when FPT fails. (t5-base saw RTE in its own pre-training:
+its score there shows that a run works, not what a prompt can learn.)
 
 To use FPT in code of your own, copy sections 1 to 5. They take tensors, numbers and
 modules, and know nothing of tasks, settings or processes. Sections 6 to 9 are the
@@ -148,7 +148,8 @@ def neuron_scores(model, prompt, batches):
 def narrow_ffn(ffn, scores, width):
     """Keep a share `width` of the neurons of an FFN, the best by their scores [d_ff].
 
-    They stay in order, and those kept at a small width are also kept at a larger one.
+    The FFN is changed in place, and its old matrices are left as they were. Neurons
+    stay in order, and those kept at a small width are also kept at a larger one.
     Raises ValueError if the scores have another length, or if a layer of the FFN is no
     plain nn.Linear.
     """
@@ -177,7 +178,7 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
     Every tensor it keeps is shared with `model`, which stays as it is; only narrowed
     FFN matrices take new memory. Nothing compensates for the missing parts: a dropped
     layer simply passes its input through. Loss, cache and `generate` work as usual.
-    Never move, cast or save a partial model: that breaks the sharing.
+    Never move or cast a partial model: that changes the full one as well.
 
     Args:
         model: a frozen T5ForConditionalGeneration or MT5ForConditionalGeneration.
@@ -319,7 +320,8 @@ def step_flops(model, batch, source, target, backward=True):
         linear += per_target * (weights(cross.o) + weights(block.layer[2]))
         cross_product = per_target * source * cross.inner_dim
         forward_flops += linear + 2 * cross_product
-        # For keys, attention weights and values; the fourth, for queries, is below.
+        # Backward costs four such products. Three are counted here: for keys, attention
+        # weights and values. The fourth, for queries, is below, except in layer 0.
         backward_flops += linear + 3 * cross_product
         # Self-attention, and cross-attention's queries. In layer 0 they come before the
         # decoder has met the prompt, so no gradient is passed on to them.
@@ -437,11 +439,11 @@ def load_prompt(folder):
 def adafactor(prompt, lr):
     """The paper's optimiser: it divides a gradient by the usual size of earlier ones.
 
-    It caps the root mean square of a step at `lr`. At a growth its memory stays: for a
-    while, gradients of the larger model are divided by the usual size of the smaller
-    one's. If they are smaller, the steps are too small until the memory fades; if they
-    are larger, the cap holds. By default it remembers about t^0.8 updates at update t:
-    a thousand at update 6,000.
+    It caps the root mean square of a step at `lr`. Its memory stays when the model
+    grows: for a while, gradients of the larger model are divided by the usual size of
+    the smaller one's. If they are smaller, the steps are too small until the memory
+    fades; if they are larger, the cap holds. At update t it remembers about t^0.8
+    updates: a thousand at update 6,000.
     torch.optim.Adafactor does not fit: it decays lr and scales by the prompt's size.
     """
     return Adafactor(
@@ -475,7 +477,7 @@ def padded_shape(prompt, batch):
 
 @dataclass
 class Run:
-    """How far a run has come: with prompt and optimiser, enough to resume it."""
+    """The state of a run. With prompt and optimiser, it is enough to resume it."""
 
     step: int = 0  # updates made
     flops: int = 0  # what they cost; it may begin with the cost of scoring neurons
@@ -493,7 +495,7 @@ class Run:
         """
         if not math.isfinite(loss) or not prompt.isfinite().all():
             raise FloatingPointError(
-                f"not finite at update {self.step}: lower the rate"
+                f"not finite at update {self.step}: lower the learning rate"
             )
         if dev >= self.best_dev:
             self.best_dev = dev
@@ -530,7 +532,7 @@ def train(
             index, stage = index_now, schedule[index_now]
             current = partial_t5(model, stage.depth, stage.width, scores, decoder)
             cost = functools.cache(functools.partial(step_flops, current))
-        # 2. Batch: the same one for every schedule, so that scores can be compared.
+        # 2. Batch: the same one for every schedule, so that results can be compared.
         batch = next(stream)
         # 3. Forward through the frozen partial model, and back to the prompt.
         loss, prompt.weight.grad = gradient(current, prompt, batch)
@@ -980,6 +982,16 @@ def table(results):
     return cells.to_string().replace(" ± nan", "      ")
 
 
+def samples(results, examples):
+    """The first three of these examples, and what each run predicts, as text."""
+    lines = []
+    for i, example in enumerate(examples[:3]):
+        lines.append(f"\n{example.source[:300]}\n    gold: {example.answers[0]}")
+        for run in results:
+            lines[-1] += f" | {run['schedule']} {run['seed']}: {run['samples'][i]}"
+    return "\n".join(lines)
+
+
 def figure(results):
     """A matplotlib Figure: best dev score over training FLOPs, mean of the seeds."""
     import pandas
@@ -1024,12 +1036,12 @@ HELP = """Fast Prompt Tuning of a T5, with the paper's settings unless others ar
 --out            new folder for the results (runs/ with date and time)
 --resume         folder of a stopped command, to go on with its settings
 
-Without --task: pt and cr, seeds 0 and 1, 400 updates, --eval-every 40, --dev 250 and
---threads 1, if nothing else is given.
+Without --task: pt and cr, seeds 0 and 1, 160 updates, --eval-every 16 and --dev 250, if
+nothing else is given.
 """
 SETTINGS = {  # the flags and their defaults, which are the paper's
     "model": str(MICRO / "model"),
-    "task": str(MICRO / "entailment"),
+    "task": str(MICRO / "reviews"),
     "schedule": ["cr"],
     "seed": [0],
     "steps": 30_000,
@@ -1051,10 +1063,9 @@ SETTINGS = {  # the flags and their defaults, which are the paper's
 MICRO_RUN = {  # what `python fpt.py` alone does, in two minutes
     "schedule": ["pt", "cr"],
     "seed": [0, 1],
-    "steps": 400,
-    "eval_every": 40,
+    "steps": 160,
+    "eval_every": 16,
     "dev": 250,
-    "threads": 1,
 }
 # Paths and hardware: nothing that changes a result, but for rounding.
 ALLOWED_WITH_RESUME = "resume model task device threads accumulate"
@@ -1247,6 +1258,7 @@ def report(run, final, task, folder, **about):
     validation, texts = evaluate(final, best, task, task.validation)
     print(f"validation {validation:.2f}, FLOPs {run.flops / run.pt_flops:.3f} of pt's")
     results = {**about, **vars(run), "validation": validation, "best_prompt": None}
+    results["samples"] = texts[:3]
     if RANK == 0:
         save_prompt(folder / "prompt", run.best_prompt, final.name_or_path)
         rows = [
@@ -1296,6 +1308,7 @@ def main(argv=None):
     if len(results) > 1 and RANK == 0:
         print(f"\nIn percent, means ± standard deviations over seeds {settings.seed}")
         print(table(results))
+        print(samples(results, task.validation))
         try:
             figure(results).savefig(out / "comparison.png", dpi=150)
         except Exception as error:  # the numbers are what counts
