@@ -7,6 +7,7 @@ The three promises come first, then tiny models and tasks, then fpt.py by its se
 
 import copy
 import importlib.metadata
+import inspect
 import itertools
 import json
 import math
@@ -778,7 +779,7 @@ def test_exercise_1_without_layer_0_a_t5_reads_a_bag_of_words(first, same):
 @parametrize(
     "total, gone", [(12, [[5], [6, 8], []]), (24, [[13], [12, 14, 16, 18, 20], []])]
 )
-def test_exercise_2_layers_that_a_growth_takes_away(total, gone):
+def test_exercise_2_layers_that_go_when_the_model_grows(total, gone):
     kept = [set(fpt.kept_layers(total, total * i // 4)) for i in range(1, 5)]
 
     assert [sorted(kept[i] - kept[i + 1]) for i in range(3)] == gone
@@ -1410,8 +1411,25 @@ def test_the_default_command_runs_offline(tmp_path, monkeypatch, capsys):
 
     main(["--steps", "2", "--dev", "40", "--limit", "40"])
 
-    assert "pt, same flops" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pt, same flops" in printed
+    assert len(re.findall(r"gold: \w+ \| pt 0: \w+ \| cr 0: \w+", printed)) == 3
     assert list(tmp_path.glob("runs/*/comparison.png"))
+
+
+@parametrize("start", ["none", "zeros", "uniform", "vocab"])
+def test_the_shipped_model_needs_a_trained_prompt_for_the_shipped_task(start):
+    model, tokenizer = load_model(fpt.MICRO / "model", "cpu", "fp32")
+    task = load_task(fpt.MICRO / "reviews", dev=1, limit=300)
+    task.train = task.train[:1]
+    fpt.encode(task, tokenizer, 492)
+    prompt = torch.zeros(0 if start == "none" else 20, model.config.d_model)
+    if start in ("uniform", "vocab"):
+        prompt = fpt.init_prompt(start, 20, model.shared.weight, fpt.rng(0))
+
+    score, _ = evaluate(model, SoftPrompt(prompt), task, task.validation)
+
+    assert score < 60
 
 
 def test_every_flag_is_explained_in_the_help(capsys):
@@ -1444,6 +1462,15 @@ def test_snippets_are_verbatim(name):
             assert f"\n{text}" in document("fpt.py")
 
 
+def test_the_first_code_of_the_tutorial_is_an_excerpt_of_train():
+    """All of its lines, in this order."""
+    [excerpt] = [text for kind, text in blocks("tutorial.md") if "excerpt" in kind]
+    lines = iter(inspect.getsource(fpt.train).splitlines())
+
+    for line in excerpt.splitlines():
+        assert line in lines, line
+
+
 @parametrize("name", ["fpt.py", *DOCUMENTS])
 def test_commands_parse(name):
     text = fpt.__doc__ if name == "fpt.py" else document(name)
@@ -1468,10 +1495,18 @@ def test_links_exist(name):
 
 def test_the_recipe_for_a_trainer_runs_as_it_is_printed(tmp_path, monkeypatch):
     [recipe] = [text for kind, text in blocks("tutorial.md") if kind == "python recipe"]
-    for printed, used in [("google/flan-t5-base", fpt.MICRO / "model"), ("30_000", 10)]:
+    for printed, used in [
+        ("google/flan-t5-base", fpt.MICRO / "model"),
+        ("30_000", 5),
+        ("eval_steps=0.1", "eval_steps=0.5"),
+        ("save_steps=0.1", "save_steps=0.5"),
+        ("train_test_split(500", "train_test_split(50"),
+    ]:
         assert printed in recipe
         recipe = recipe.replace(printed, str(used))
-    shutil.copytree(fpt.MICRO / "entailment", tmp_path / "FOLDER")
+    lines = (fpt.MICRO / "reviews/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "FOLDER").mkdir()
+    (tmp_path / "FOLDER/train.jsonl").write_text("".join(lines[:300]))
     seen = []
 
     def partial(model, depth, width, *how):
@@ -1486,17 +1521,76 @@ def test_the_recipe_for_a_trainer_runs_as_it_is_printed(tmp_path, monkeypatch):
     assert len(load_prompt("prompt")) == 20
 
 
-def test_what_is_quoted_is_in_the_evidence_and_that_follows_from_the_records():
-    study = runpy.run_path(str(ROOT / "evidence/study.py"))
-    evidence = document("evidence/README.md")
+def test_the_loop_of_the_tutorial_needs_sections_1_to_5_and_its_imports_alone(
+    here, tmp_path, monkeypatch
+):
+    [imports] = [text for kind, text in blocks("tutorial.md") if "imports" in kind]
+    [loop] = [text for kind, text in blocks("tutorial.md") if "loop" in kind]
+    source = document("fpt.py")
+    method = source[source.index("# ====== 1 ") : source.index("# ====== 6 ")]
+    task = load_task(here / "task", 4)
+    fpt.encode(task, TOKENIZER, 492)
+    batch = task.collate([row.tokens for row in task.train[:4]])
+    names = {"model": tiny(), "loader": [batch], "dev_score": lambda *_: 0.0}
+    assert "steps=30_000" in loop and "eval_every=500" in loop
+    loop = loop.replace("30_000", "5").replace("500", "5")
 
-    assert study["readme"]() == evidence
-    for name in DOCUMENTS:
-        text = " ".join(document(name).split())
-        quoted = re.findall(r"[-+]?\d+\.\d \[[-\d., ]+\]|\d+\.\d ± \d+\.\d", text)
-        assert quoted
-        for number in quoted:
-            assert number in " ".join(evidence.split())
+    monkeypatch.chdir(tmp_path)
+    exec(imports + method + loop, {"__name__": "__main__", **names})
+
+    assert len(load_prompt("prompt")) == 20
+
+
+def test_the_tables_of_the_evidence_follow_from_its_records():
+    tables = runpy.run_path(str(ROOT / "evidence/tables.py"))
+
+    assert tables["readme"]() == document("evidence/README.md")
+
+
+@parametrize("name", DOCUMENTS)
+def test_what_is_quoted_is_in_the_evidence(name):
+    evidence = document("evidence/README.md") + document("evidence/made-up.md")
+    text = re.sub(r"```text.*?```", "", document(name), flags=re.S)  # what is printed
+
+    quoted = re.findall(
+        r"[-+]?\d+\.\d \[[-\d., ]+\]|\d+\.\d ± \d+\.\d", " ".join(text.split())
+    )
+
+    assert quoted
+    for number in quoted:
+        assert number in " ".join(evidence.split())
+
+
+def on_t5_base(stage):
+    """t5-base, or a partial one, on the meta device."""
+    model = on_meta(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+    scores = {"encoder": [torch.arange(3072)] * 12}
+    return partial_t5(model, stage.depth, stage.width, scores, decoder=False)
+
+
+def test_the_example_of_the_tutorial_follows_from_the_code():
+    text = document("tutorial.md")
+    models = [on_t5_base(stage) for stage in fpt.SCHEDULES["cr"]]
+    flops = [step_flops(model, 32, 102, 6) for model in models]
+    a, b, c, _ = [cost / flops[3] for cost in flops]
+
+    for i, letter in enumerate("abc"):
+        share = flops[i] / flops[3]
+        row = f"| {i + 1} | {flops[i] / 1e12:.3f} | {letter} = {share:.2f} |"
+        assert row in text
+    assert f"0.2 (a + b + c) + 0.4 = {0.2 * (a + b + c) + 0.4:.2f} times" in text
+    forward = step_flops(models[3], 32, 102, 6, backward=False)
+    assert f"{flops[3] / forward:.2f} forward passes" in text
+    layer = models[3].encoder.block[1]
+    assert f"An encoder layer has {millions(layer)} million weights" in text
+    assert f"The other {millions(ffn(layer))} million belong to the FFN" in text
+    assert f"shrinks to {millions(ffn(models[0].encoder.block[1]))} million" in text
+    keys_and_values = 12 * 2 * 32 * 102 * 2 * 768**2
+    assert f"This alone is {keys_and_values / forward:.0%}".replace("%", " %") in text
+
+
+def millions(module):
+    return round(sum(weight.numel() for weight in module.parameters()) / 1e6, 1)
 
 
 def test_requirements_are_bounded_and_met_here():
