@@ -983,9 +983,10 @@ def table(results):
 
 
 def samples(results, examples):
-    """The first three of these examples, and what each run predicts, as text."""
+    """The first of these examples, and what each run predicts, as text."""
     lines = []
-    for i, example in enumerate(examples[:3]):
+    for i in range(len(results[0]["samples"])):
+        example = examples[i]
         lines.append(f"\n{example.source[:300]}\n    gold: {example.answers[0]}")
         for run in results:
             lines[-1] += f" | {run['schedule']} {run['seed']}: {run['samples'][i]}"

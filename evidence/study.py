@@ -36,6 +36,8 @@ from evidence import bench
 
 PARTS = ["default", "schedules", "fixed", "changes"]
 TASKS = ["reviews", "news", "duplicates"]
+GROWING = ["ld", "fr", "cr"]
+CHANGES = ["layers at random", "neurons at random"]
 FIXED = ["0.25x1", "0.5x1", "1x0.25", "1x0.5", "0.25x0.25", "0.5x0.5"]
 STEPS = fpt.MICRO_RUN["steps"]
 SEEDS = range(8, 16)  # of all parts but `default`; seeds 0 to 7 chose the settings
@@ -70,10 +72,9 @@ def cells(parts):
     found = []
     for seed in [*SEEDS, *range(8), *range(16, 32)]:
         if "default" in parts:
-            found += [Cell("reviews", "pt", seed), Cell("reviews", "cr", seed)]
-        if "default" in parts and seed in SEEDS:
-            for schedule in ["pt", "cr"]:
-                found.append(Cell("reviews", schedule, seed, steps=2 * STEPS))
+            for steps in [STEPS, 2 * STEPS] if seed in SEEDS else [STEPS]:
+                for schedule in ["pt", "cr"]:
+                    found.append(Cell("reviews", schedule, seed, steps=steps))
         if seed in SEEDS:
             for task in TASKS:
                 found += study_cells(parts, task, seed)
@@ -84,10 +85,10 @@ def study_cells(parts, task, seed):
     """The cells of a task and a seed of all parts but `default`."""
     found = []
     if "schedules" in parts:
-        for schedule in ["pt", "cr", "ld", "fr"]:
+        for schedule in ["pt", *GROWING]:
             found.append(Cell(task, schedule, seed))
     if "changes" in parts:
-        for change in ["layers at random", "neurons at random"]:
+        for change in CHANGES:
             found.append(Cell(task, "cr", seed, change))
     if "fixed" in parts and seed in SEEDS[:4]:
         for size in FIXED:
@@ -157,14 +158,21 @@ def on_the_whole(out, cell):
     return score
 
 
-def cosines(out):
+def cosines(args):
     """Cosines of prompts with that of `pt`: of parts, with the same start and batches,
     and two controls. Means over tasks and seeds.
+
+    A record that is gone on with has no prompts: the runs that lack theirs are made
+    again, which gives the same ones on one machine.
     """
     found = {}
 
     def add(title, cell, pt):
-        prompts = cell.prompt(out).flatten(), pt.prompt(out).flatten()
+        prompts = []
+        for one in [cell, pt]:
+            if not list(one.folder(args.out).glob("*/prompt")):
+                run_cell(args, one)
+            prompts.append(one.prompt(args.out).flatten())
         cosine = torch.cosine_similarity(*prompts, dim=0)
         found.setdefault(title, []).append(cosine.item())
 
@@ -201,7 +209,7 @@ def main():
             bench.write_record(path, record)
             print(f"{len(record['cells']) - len(done)} of {len(jobs)}: {row}")
     if "fixed" in args.part and "schedules" in args.part:
-        record["cosines"] = cosines(args.out)
+        record["cosines"] = cosines(args)
         bench.write_record(path, record)
 
 

@@ -4,6 +4,7 @@ They are made anew from the records beside this file. What stands above the mark
 README.md is kept.
 """
 
+import functools
 import json
 import math
 import sys
@@ -16,14 +17,12 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fpt
-from evidence.study import FIXED, SEEDS, STEPS, TASKS
+from evidence.study import CHANGES, FIXED, GROWING, SEEDS, STEPS, TASKS
 
 HERE = Path(__file__).resolve().parent
 MARK = "<!-- From here on: python evidence/tables.py -->\n"
 MODELS = {"shipped": "study", "brittle": "study-whole"}
 SPEEDS = ["speed-cpu", "speed-xeon", "speed-gpu"]
-GROWING = ["ld", "fr", "cr"]
-CHANGES = ["layers at random", "neurons at random"]
 
 # T5-LARGE in the paper's Tables 1 and 2: the mean of its five tasks less that of PT,
 # FLOPs over those of PT, and "Improve", which is the gain.
@@ -40,6 +39,7 @@ PAPER = {
 }
 
 
+@functools.cache
 def load(name):
     """A record beside this file."""
     return json.loads((HERE / f"{name}.json").read_text())
@@ -108,6 +108,11 @@ def markdown(title, rows):
 # ====== Tables ========================================================================
 
 
+def minus_pt(frame, name):
+    """Validation minus that of `pt`, for each task and seed that both have."""
+    return (frame.validation[name] - frame.validation["pt"]).dropna()
+
+
 def default_table():
     """`pt` and `cr` of the default command, and of one with twice the updates."""
     frame = frame_of("study").xs("reviews", level="task")
@@ -117,9 +122,10 @@ def default_table():
         (STEPS, range(8, 32)),
         (2 * STEPS, SEEDS),
     ]:
+        chosen = frame.xs(steps, level="steps")
+        chosen = chosen[chosen.index.isin(seeds, level="seed")]
         for name in ["pt", "cr"]:
-            runs = frame.xs((name, steps), level=["name", "steps"])
-            runs = runs[runs.index.isin(seeds)]
+            runs = chosen.loc[name]
             row = {
                 "": f"`{name}`, {steps} updates, seeds {seeds[0]} to {seeds[-1]}",
                 "dev": spread(runs.dev),
@@ -132,8 +138,7 @@ def default_table():
             if name == "cr":
                 row["`pt`, same FLOPs"] = spread(runs["pt, same flops"])
                 row["gain [95 %]"] = interval(runs.gain)
-                pt = frame.xs(("pt", steps), level=["name", "steps"]).validation
-                row["validation minus `pt`"] = interval(runs.validation - pt)
+                row["validation minus `pt`"] = interval(minus_pt(chosen, name))
             rows.append(row)
     return markdown("## The default command", rows)
 
@@ -156,11 +161,6 @@ def summary(records):
         row["paper: gain"] = "".join(f"{value:+.2f}" for value in gain)
         rows.append(row)
     return markdown("## Parts and schedules", rows)
-
-
-def minus_pt(frame, name):
-    """Validation less that of `pt`, for each task and seed that both have."""
-    return (frame.validation[name] - frame.validation["pt"]).dropna()
 
 
 def by_task(title, frame):
@@ -295,7 +295,7 @@ def readme():
     """evidence/README.md, with the tables made anew."""
     records = records_of_study()
     parts = [default_table()]
-    if "fr" in records["shipped"].index:  # the whole study, and not just its beginning
+    if records:
         parts += [summary(records), changes_table(records), cosine_table(records)]
         for title, frame in records.items():
             parts.append(by_task(f"{MODELS[title]}.json, the {title} model", frame))
@@ -305,13 +305,14 @@ def readme():
 
 
 def records_of_study():
-    """The rows of the parts that all models have, for those that have a record."""
+    """The runs of each model that the study was run on, and not `default` alone."""
     records = {}
     for title, name in MODELS.items():
         if (HERE / f"{name}.json").exists():
             frame = frame_of(name)
             frame = frame[frame.index.isin(SEEDS, level="seed")]
-            records[title] = frame.xs(STEPS, level="steps")
+            if "fr" in frame.index:
+                records[title] = frame.xs(STEPS, level="steps")
     return records
 
 
@@ -319,7 +320,7 @@ def main():
     (HERE / "README.md").write_text(readme(), encoding="utf-8")
     draw_default().savefig(HERE / "default.png", dpi=120)
     records = records_of_study()
-    if "fr" in records["shipped"].index:
+    if records:
         draw_study(records).savefig(HERE / "study.png", dpi=120)
 
 
