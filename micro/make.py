@@ -29,7 +29,8 @@ the encoder's layers:
 
 The texts come from the Hugging Face hub. There were samples of qqp (18,866 pairs),
 ag_news (6,001 articles to train on), xsum (1,061) and imdb (8,000 unlabelled) here; who
-has more of them gets another model.
+has more of them gets another model. So does who runs this twice: `tokenizers` chooses
+among equally rare letters at random.
 
     cornell-movie-review-data/rotten_tomatoes   Pang and Lee 2005, CC BY 4.0
     nyu-mll/glue, sst2 and qqp                  for research; qqp: Quora's terms
@@ -211,7 +212,6 @@ def first_embeddings(tokenizer, texts, d):
 
 
 # ====== Pre-training: span corruption, and tasks with a prefix ========================
-# Each function draws an example: source and target.
 
 SENTIMENT = [  # one question in several words, so that the skill is not one word's
     ("sentiment:", ["negative", "positive"]),
@@ -239,26 +239,16 @@ def window(rng, text):
     return " ".join(words[start : start + size])
 
 
+def question_pair(first, second):
+    return f"question1: {first} question2: {second}"
+
+
 def sentiment(rng, text, label):
     prefix, answers = rng.choice(SENTIMENT)
     return f"{prefix} {thin(rng, text)}", answers[label]
 
 
-def phrase(rng, train):
-    return sentiment(rng, *rng.choice(train["phrases"]))
-
-
-def sentence(rng, train):
-    return sentiment(rng, *rng.choice(train["sentences"]))
-
-
-def film(rng, train):
-    text, label = rng.choice(train["films"])
-    return sentiment(rng, window(rng, text), label)
-
-
-def topic(rng, train):
-    text, label = rng.choice(train["news"])
+def topic(rng, text, label):
     text = thin(rng, text)
     if rng.random() < 0.7:
         return f"topic: {text}", TOPICS[label]
@@ -266,11 +256,10 @@ def topic(rng, train):
     return f"is this about {TOPICS[asked]}? {text}", "yes" if asked == label else "no"
 
 
-def duplicate(rng, train):
-    first, second, label = rng.choice(train["pairs"])
+def duplicate(rng, first, second, label):
     if rng.random() < 0.5:
         first, second = second, first
-    pair = f"question1: {thin(rng, first)} question2: {thin(rng, second)}"
+    pair = question_pair(thin(rng, first), thin(rng, second))
     return f"duplicate: {pair}", SAME[label]
 
 
@@ -288,24 +277,46 @@ def spans(rng, train):
     return " ".join(source), " ".join(target)
 
 
-MIXTURE = {  # how many of 100 examples
-    phrase: 28,
-    sentence: 8,
-    film: 8,
-    topic: 16,
-    duplicate: 30,
-    spans: 10,
+# How many of 100 examples come from which texts.
+MIXTURE = {
+    "phrases": 28,
+    "sentences": 8,
+    "films": 8,
+    "news": 16,
+    "pairs": 30,
+    "spans": 10,
 }
+
+
+def draw(rng, train, kind):
+    """A random example of the mixture: source and target."""
+    if kind == "spans":
+        return spans(rng, train)
+    row = rng.choice(train[kind])
+    if kind == "pairs":
+        return duplicate(rng, *row)
+    if kind == "news":
+        return topic(rng, *row)
+    text, label = row
+    if kind == "films":
+        text = window(rng, text)
+    return sentiment(rng, text, label)
 
 
 def encode(tokenizer, examples):
     """(source, target) pairs as a batch of input_ids, attention_mask and labels."""
-    how = {"padding": True, "truncation": True, "max_length": 56}
-    sources = tokenizer([row[0] for row in examples], return_tensors="pt", **how)
-    targets = tokenizer([row[1] for row in examples], return_tensors="pt", **how)
-    labels = targets.input_ids.masked_fill(targets.attention_mask == 0, -100)
-    batch = {key: sources[key] for key in ["input_ids", "attention_mask"]}
-    return {**batch, "labels": labels}
+    sources, targets = zip(*examples, strict=True)
+    batch = tokenizer(
+        sources,
+        text_target=targets,
+        padding=True,
+        truncation=True,
+        max_length=56,
+        return_tensors="pt",
+        return_token_type_ids=False,
+    )
+    batch["labels"][batch["labels"] == tokenizer.pad_token_id] = -100
+    return batch
 
 
 # ====== The model =====================================================================
@@ -369,7 +380,6 @@ def pretrain(model, tokenizer, train, rng, steps, whole, check):
     def rate(step):  # up, constant, down
         return min((step + 1) / 60, 1, 0.03 + 1.8 * (1 - step / steps))
 
-    tasks, weights = list(MIXTURE), list(MIXTURE.values())
     optimizer = Adafactor(
         model.parameters(), lr=8e-3, scale_parameter=True, relative_step=False
     )
@@ -377,7 +387,8 @@ def pretrain(model, tokenizer, train, rng, steps, whole, check):
     start = time.perf_counter()
     tokens = 0
     for step in range(1, steps + 1):
-        examples = [task(rng, train) for task in rng.choices(tasks, weights, k=128)]
+        kinds = rng.choices(list(MIXTURE), MIXTURE.values(), k=128)
+        examples = [draw(rng, train, kind) for kind in kinds]
         examples.sort(key=lambda example: len(example[0]))
         for half in [examples[:64], examples[64:]]:
             batch = encode(tokenizer, half)
@@ -411,7 +422,7 @@ def by_prefix(test):
         ],
         "topic": [(f"topic: {text}", TOPICS[label]) for text, label in test["topic"]],
         "duplicate": [
-            (f"duplicate: question1: {first} question2: {second}", SAME[label])
+            (f"duplicate: {question_pair(first, second)}", SAME[label])
             for first, second, label in test["duplicate"]
         ],
     }
@@ -460,9 +471,7 @@ def write_task(folder, rows):
     for name, part in parts.items():
         with open(folder / f"{name}.jsonl", "w") as file:
             for *texts, label in part:
-                source = texts[0]
-                if len(texts) > 1:
-                    source = f"question1: {texts[0]} question2: {texts[1]}"
+                source = question_pair(*texts) if len(texts) == 2 else texts[0]
                 row = {"source": source, "target": labels[label]}
                 file.write(json.dumps(row) + "\n")
 
