@@ -40,6 +40,7 @@ Glossary
     width       share of the d_ff neurons that each of these layers keeps
     stage       a depth, a width, and the share of all updates that are made there
     update      one step of the optimiser on one batch; the first is update 1
+    prompt      a SoftPrompt where it is trained, or its tensor [P, d] where that stands
 """
 
 import argparse
@@ -111,7 +112,7 @@ def neuron_scores(model, prompt, batches):
     Official: uses *validation* examples. Pass train examples instead.
     """
     totals = {"encoder": [], "decoder": []}  # a tensor [d_ff] for each layer
-    masks = {}  # [B, positions] for each side, set before each forward pass
+    masks = {}  # [B, positions] for each side, set below before each forward pass
     hooks = []
     examples = 0
 
@@ -159,7 +160,7 @@ def narrow_ffn(ffn, scores, width):
     ranking = scores.argsort(descending=True, stable=True)
     keep = ranking[:count].sort().values.to(ffn.wo.weight.device)
     for name, linear in ffn.named_children():
-        if not name.startswith("w"):  # neither wi (wi_0 and wi_1 in gated T5s) nor wo
+        if not name.startswith("w"):  # only wi (or wi_0 and wi_1) and wo have neurons
             continue
         if type(linear) is not nn.Linear:
             raise ValueError(f"{name} is a {type(linear)}, not a plain nn.Linear")
@@ -205,7 +206,7 @@ def partial_t5(model, depth, width, scores=None, decoder=True):
         total = len(stack.block)
         kept = kept_layers(total, max(1, round_half_up(depth * total)))
         if width < 1:
-            for i in kept:
+            for i in kept:  # as the full model counts, like the scores
                 ffn = stack.block[i].layer[-1].DenseReluDense
                 narrow_ffn(ffn, scores[side][i], width)
         stack.block = nn.ModuleList(stack.block[i] for i in kept)
@@ -276,7 +277,7 @@ def stage_at(schedule, step, steps):
         end += stage.share
         if step <= round_half_up(end * steps):
             return index
-    return len(schedule) - 1
+    return len(schedule) - 1  # if rounding has left an update over
 
 
 # ====== 3 Cost ========================================================================
@@ -309,7 +310,7 @@ def step_flops(model, batch, source, target, backward=True):
     backward_flops = forward_flops
     for block in model.encoder.block:
         linear = per_source * weights(block)
-        # Of queries by keys; that of attention weights by values costs the same.
+        # Queries by keys, all by all. Attention weights by values cost the same.
         product = per_source * source * block.layer[0].SelfAttention.inner_dim
         forward_flops += linear + 2 * product
         backward_flops += linear + 4 * product

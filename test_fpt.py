@@ -1450,6 +1450,11 @@ def document(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+def prose(name):
+    """A document without its line breaks."""
+    return " ".join(document(name).split())
+
+
 def blocks(name):
     """Kind and text of each fenced block."""
     return re.findall(r"^```([^\n]*)\n(.*?)^```$", document(name), re.M | re.S)
@@ -1541,24 +1546,83 @@ def test_the_loop_of_the_tutorial_needs_sections_1_to_5_and_its_imports_alone(
     assert len(load_prompt("prompt")) == 20
 
 
-def test_the_tables_of_the_evidence_follow_from_its_records():
-    tables = runpy.run_path(str(ROOT / "evidence/tables.py"))
+@fixture(scope="module")
+def tables():
+    """What evidence/tables.py defines."""
+    return runpy.run_path(str(ROOT / "evidence/tables.py"))
 
+
+def test_the_tables_of_the_evidence_follow_from_its_records(tables):
     assert tables["readme"]() == document("evidence/README.md")
+
+
+def test_what_the_tutorial_says_of_single_runs_follows_from_the_record(tables):
+    text = prose("tutorial.md")
+    runs = tables["frame_of"]("study").loc["cr", "reviews", fpt.MICRO_RUN["steps"]]
+    runs = runs[runs.index >= 8]  # the seeds that chose nothing
+
+    lost = runs.gain[runs.gain < 0]
+
+    assert f"{len(lost)} of the {len(runs)} gains" in text
+    assert f"the worst is {lost.min():.1f}" in text
+    assert f"the worst `cr` run scores {runs.validation.min()} %" in text
+
+
+def test_what_the_tutorial_says_of_an_eighth_follows_from_the_record(tables):
+    cells = tables["cells_of"]("study", "reviews", range(8, 32))
+    curves = {}
+    for name in ["pt", "cr"]:
+        chosen = [cell for cell in cells if cell["schedule"] == name]
+        curves[name] = list(zip(*tables["curve"](chosen), strict=True))
+    eighth = curves["pt"][-1][0] / 8
+
+    def best(name):
+        return max(score for flops, score in curves[name] if flops <= eighth)
+
+    assert best("pt") < 50
+    assert f"`cr` stands at {best('cr'):.0f} %" in prose("tutorial.md")
+
+
+def test_the_case_where_a_part_learns_alone_follows_from_the_record(tables):
+    frame = tables["frame_of"]("study").xs(("reviews", 160), level=("task", "steps"))
+    part = frame.loc["0.25x0.25"]
+    scores = [part.validation, part.whole]
+    for name in ["cr", "pt"]:
+        scores.append(frame.loc[name].validation[part.index])
+
+    said = [f"{score.mean():.0f} %" for score in scores]
+
+    [case] = [text for kind, text in blocks("tutorial.md") if "a quarter" in text]
+    assert re.findall(r"\d+ %", case) == said
+
+
+def test_hours_and_memory_follow_from_the_record():
+    text = prose("tutorial.md")
+    rows = json.loads(document("evidence/speed-gpu.json"))["rows"]
+    ratios = []
+    for shape in ["t5-base", "t5-large", "v1.1-xl"]:
+        found = {
+            (row["part"], row["way"]): row for row in rows if row["shape"] == shape
+        }
+        hours = 30_000 * 32 / found["speed", "fpt.py, pt"]["examples per second"] / 3600
+        whole = found["memory", "pt"]["peak in MB"] / 1000
+        parts = found["memory", "pt, 4 parts"]["peak in MB"] / 1000
+        ratios.append(found["stages", "cr"]["seconds over pt"])
+
+        assert f"| {hours:.1f} | {whole:.1f} GB | {parts:.1f} GB |" in text
+    assert f"`cr` took {min(ratios):.2f} to {max(ratios):.2f} times as long" in text
 
 
 @parametrize("name", DOCUMENTS)
 def test_what_is_quoted_is_in_the_evidence(name):
-    evidence = document("evidence/README.md") + document("evidence/made-up.md")
-    text = re.sub(r"```text.*?```", "", document(name), flags=re.S)  # what is printed
+    evidence = prose("evidence/README.md") + prose("evidence/made-up.md")
+    text = re.sub("```text.*?```", "", prose(name))  # what is printed
 
-    quoted = re.findall(
-        r"[-+]?\d+\.\d \[[-\d., ]+\]|\d+\.\d ± \d+\.\d", " ".join(text.split())
-    )
+    quoted = re.findall(r"[-+]?\d+\.\d \[[-\d., ]+\]|\d+\.\d ± \d+\.\d", text)
 
     assert quoted
     for number in quoted:
-        assert number in " ".join(evidence.split())
+        assert number in evidence
 
 
 def on_t5_base(stage):
@@ -1569,7 +1633,7 @@ def on_t5_base(stage):
 
 
 def test_the_example_of_the_tutorial_follows_from_the_code():
-    text = document("tutorial.md")
+    text = prose("tutorial.md")
     models = [on_t5_base(stage) for stage in fpt.SCHEDULES["cr"]]
     flops = [step_flops(model, 32, 102, 6) for model in models]
     a, b, c, _ = [cost / flops[3] for cost in flops]
@@ -1578,7 +1642,10 @@ def test_the_example_of_the_tutorial_follows_from_the_code():
         share = flops[i] / flops[3]
         row = f"| {i + 1} | {flops[i] / 1e12:.3f} | {letter} = {share:.2f} |"
         assert row in text
-    assert f"0.2 (a + b + c) + 0.4 = {0.2 * (a + b + c) + 0.4:.2f} times" in text
+    cost = 0.2 * (a + b + c) + 0.4
+    assert f"0.2 (a + b + c) + 0.4 = {cost:.2f} times" in text
+    spent = f"{20 * a / cost:.0f} % after the first stage, {20 * (a + b) / cost:.0f} %"
+    assert spent in text
     forward = step_flops(models[3], 32, 102, 6, backward=False)
     assert f"{flops[3] / forward:.2f} forward passes" in text
     layer = models[3].encoder.block[1]
@@ -1586,7 +1653,12 @@ def test_the_example_of_the_tutorial_follows_from_the_code():
     assert f"The other {millions(ffn(layer))} million belong to the FFN" in text
     assert f"shrinks to {millions(ffn(models[0].encoder.block[1]))} million" in text
     keys_and_values = 12 * 2 * 32 * 102 * 2 * 768**2
-    assert f"This alone is {keys_and_values / forward:.0%}".replace("%", " %") in text
+    part = 100 * keys_and_values / forward
+    assert f"This alone is {part:.0f} % of" in text
+    half = step_flops(on_t5_base(fpt.Stage(0.5, 1, 1)), 32, 102, 6)
+    decoder = 100 * (1 - 2 * (flops[3] - half) / flops[3])
+    assert f"decoder and the output head cost {decoder - part:.0f} %" in text
+    assert f"the encoder costs {100 * a - decoder:.0f} %" in text
 
 
 def millions(module):

@@ -15,11 +15,13 @@ LAYERS, D_FF = 12, 3072  # of t5-base
 DARK, FAINT = "0.25", "0.85"
 
 
-def box(axes, x, y, width, height, color, text="", text_color="white"):
-    """A filled rectangle with a text in its middle."""
-    axes.add_patch(Rectangle((x, y), width, height, color=color, lw=0))
+def box(axes, x, y, width, height, color, text="", edge="none"):
+    """A rectangle with a text in its middle; with an edge, the text is black."""
+    style = {"facecolor": color, "edgecolor": edge}
+    axes.add_patch(Rectangle((x, y), width, height, **style))
     middle = x + width / 2, y + height / 2
-    axes.text(*middle, text, ha="center", va="center", color=text_color, fontsize=8)
+    letters = "white" if edge == "none" else "black"
+    axes.text(*middle, text, ha="center", va="center", color=letters, fontsize=8)
 
 
 def draw_stage(axes, x, stage, following):
@@ -36,7 +38,7 @@ def draw_stage(axes, x, stage, following):
             box(axes, x + 1.2, layer, 2.4 * stage.width, 0.76, DARK)
         if layer in kept and layer not in after:
             axes.text(x + 3.7, layer + 0.36, "leaves", va="center", fontsize=8)
-    box(axes, x, LAYERS + 0.7, 3.6, 1.4, DARK, "decoder, whole")
+    box(axes, x, LAYERS + 0.7, 3.6, 1.4, "white", "decoder, whole", "black")
     title = f"{stage.share:.0%} of the updates\n{len(kept)} layers\n"
     title += f"{round(stage.width * D_FF):,} neurons each"
     axes.text(x + 1.8, LAYERS + 2.5, title, ha="center", fontsize=8.5)
@@ -51,7 +53,7 @@ def draw_schedule():
         draw_stage(axes, 5.4 * index, stage, (stages + [None])[index + 1])
     right = 5.4 * len(stages) - 1.8
     for y, text in [(-1.5, "one soft prompt"), (-3, "one optimiser")]:
-        box(axes, 0, y, right, 1, "0.6", f"{text}, all the way through", "black")
+        box(axes, 0, y, right, 1, "white", f"{text}, all the way through", "black")
         axes.annotate("", (right + 0.9, y + 0.5), (right, y + 0.5), arrowprops=ARROW)
     for layer in [0, LAYERS - 1]:
         axes.text(-0.3, layer + 0.36, f"layer {layer}", ha="right", va="center")
@@ -74,9 +76,9 @@ def draw_neuron():
     box(axes, 0, row, 2.4, 0.5, DARK, "row j")
     axes.text(1.2, 8.3, "wi [d_ff, d]", ha="center")
     axes.annotate("", (4, row + 0.25), (2.5, row + 0.25), arrowprops=ARROW)
-    axes.text(4.2, row + 0.25, "activation j of each position", va="center")
+    axes.text(4.2, row + 0.25, "activation j at each position", va="center")
     axes.text(4.2, row - 0.75, "its mean absolute value is the score", va="center")
-    axes.annotate("", (12.1, row + 0.25), (9.5, row + 0.25), arrowprops=ARROW)
+    axes.annotate("", (12.1, row + 0.25), (10.3, row + 0.25), arrowprops=ARROW)
     left = 12.2 - column
     box(axes, left + column, 2.8, 8, 2.4, FAINT)
     box(axes, left + column + 4.6, 2.8, 0.5, 2.4, DARK)
@@ -102,7 +104,7 @@ def draw_gain():
     axes.text(0.63, 71.0, "cr ends: 70.87", ha="right")
     axes.text(0.67, 70.05, "pt stopped here: 70.49\ngain: 0.38", va="center")
     axes.text(0.99, 71.55, "pt ends: 71.51", ha="right", va="bottom")
-    axes.set(xlabel="training FLOPs, 1: all of pt's", ylabel="mean score")
+    axes.set(xlabel="training FLOPs, as a share of pt's", ylabel="mean score")
     axes.set(ylim=(68, 72), xlim=(0, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
