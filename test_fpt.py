@@ -1611,6 +1611,14 @@ def test_hours_and_memory_follow_from_the_record():
 
         assert f"| {hours:.1f} | {whole:.1f} GB | {parts:.1f} GB |" in text
     assert f"`cr` took {min(ratios):.2f} to {max(ratios):.2f} times as long" in text
+    rows = json.loads(document("evidence/speed-cpu.json"))["rows"]
+    [speed] = [
+        row["examples per second"]
+        for row in rows
+        if row["shape"] == "t5-base" and row["way"] == "fpt.py, pt"
+    ]
+    days = 30_000 * 32 / speed / 86_400
+    assert f"`pt` on t5-base takes {days:.1f} days" in text
 
 
 @parametrize("name", DOCUMENTS)
