@@ -1596,6 +1596,14 @@ def test_the_case_where_a_part_learns_alone_follows_from_the_record(tables):
     assert re.findall(r"\d+ %", case) == said
 
 
+def test_cosines_follow_from_the_record():
+    cosines = json.loads(document("evidence/study.json"))["cosines"]
+    part, seed = cosines["`0.25x0.25:1`"], cosines["`pt`, another seed"]
+
+    assert f"the cosine similarity is {part:.2f}" in prose("tutorial.md")
+    assert f"with different seeds have {seed:.2f}" in prose("tutorial.md")
+
+
 def test_hours_and_memory_follow_from_the_record():
     text = prose("tutorial.md")
     rows = json.loads(document("evidence/speed-gpu.json"))["rows"]
