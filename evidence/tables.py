@@ -145,37 +145,26 @@ def default_table():
     return markdown("## The default command", rows)
 
 
-def fixed_table(records):
-    """The paper's Table 1 on our models: means over all tasks and seeds."""
+def paper_table(heading, names, records):
+    """The paper's Table 1 or 2 on our models: means over all tasks and seeds."""
     rows = []
-    for name in FIXED:
+    for name in names:
         row = {"": f"`{name}`", "FLOPs": ""}
         for title, frame in records.items():
             runs = frame.loc[name]
             row["FLOPs"] = f"{runs.flops.mean() / 100:.2f}"
             row[f"{title}: minus `pt`"] = interval(minus_pt(frame, runs.validation))
-            whole = interval(minus_pt(frame, runs.whole))
-            row[f"{title}: its prompt on the full model, minus `pt`"] = whole
-        score, flops = PAPER[name]
+            if name in GROWING:
+                row[f"{title}: gain"] = interval(runs.gain)
+            else:
+                whole = interval(minus_pt(frame, runs.whole))
+                row[f"{title}: its prompt on the full model, minus `pt`"] = whole
+        score, flops, *gain = PAPER[name]
         row |= {"paper: minus PT": f"{score:+.1f}", "paper: FLOPs": f"{flops:.2f}"}
+        if gain:
+            row["paper: gain"] = f"{gain[0]:+.2f}"
         rows.append(row)
-    return markdown("## Parts that never grow", rows)
-
-
-def schedule_table(records):
-    """The paper's Table 2 on our models: means over all tasks and seeds."""
-    rows = []
-    for name in GROWING:
-        row = {"": f"`{name}`", "FLOPs": ""}
-        for title, frame in records.items():
-            runs = frame.loc[name]
-            row["FLOPs"] = f"{runs.flops.mean() / 100:.2f}"
-            row[f"{title}: minus `pt`"] = interval(minus_pt(frame, runs.validation))
-            row[f"{title}: gain"] = interval(runs.gain)
-        score, flops, gain = PAPER[name]
-        row |= {"paper: minus PT": f"{score:+.1f}", "paper: FLOPs": f"{flops:.2f}"}
-        rows.append(row | {"paper: gain": f"{gain:+.2f}"})
-    return markdown("## Schedules", rows)
+    return markdown(heading, rows)
 
 
 def by_task(title, frame):
@@ -311,8 +300,9 @@ def readme():
     records = records_of_study()
     parts = [default_table()]
     if records:
-        for make in [schedule_table, fixed_table, changes_table, cosine_table]:
-            parts.append(make(records))
+        parts.append(paper_table("## Schedules", GROWING, records))
+        parts.append(paper_table("## Parts that never grow", FIXED, records))
+        parts += [changes_table(records), cosine_table(records)]
         for title, frame in records.items():
             parts.append(by_task(f"{MODELS[title]}.json, the {title} model", frame))
     parts += [speed_table(name) for name in SPEEDS]
