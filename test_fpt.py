@@ -1558,7 +1558,7 @@ def test_the_tables_of_the_evidence_follow_from_its_records(tables):
 
 def test_what_the_tutorial_says_of_single_runs_follows_from_the_record(tables):
     text = prose("tutorial.md")
-    runs = tables["frame_of"]("study").loc["cr", "reviews", fpt.MICRO_RUN["steps"]]
+    runs = tables["frame_of"]("study").loc["cr", "reviews", tables["STEPS"]]
     runs = runs[runs.index >= 8]  # the seeds that chose nothing
 
     lost = runs.gain[runs.gain < 0]
@@ -1584,7 +1584,7 @@ def test_what_the_tutorial_says_of_an_eighth_follows_from_the_record(tables):
 
 
 def test_the_case_where_a_part_learns_alone_follows_from_the_record(tables):
-    frame = tables["frame_of"]("study").xs(("reviews", 160), level=("task", "steps"))
+    frame = tables["study_frame"]("study").xs("reviews", level="task")
     part = frame.loc["0.25x0.25"]
     scores = [part.validation, part.whole]
     for name in ["cr", "pt"]:

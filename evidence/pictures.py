@@ -13,6 +13,7 @@ import fpt
 HERE = Path(__file__).resolve().parent
 LAYERS, D_FF = 12, 3072  # of t5-base
 DARK, FAINT = "0.25", "0.85"
+ARROW = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0}
 
 
 def box(axes, x, y, width, height, color, text="", edge="none"):
@@ -24,12 +25,14 @@ def box(axes, x, y, width, height, color, text="", edge="none"):
     axes.text(*middle, text, ha="center", va="center", color=letters, fontsize=8)
 
 
+def layers_of(stage):
+    """The layers that a stage keeps."""
+    return fpt.kept_layers(LAYERS, fpt.round_half_up(stage.depth * LAYERS))
+
+
 def draw_stage(axes, x, stage, following):
     """One partial model: its encoder's layers, and the whole decoder above them."""
-    kept = fpt.kept_layers(LAYERS, fpt.round_half_up(stage.depth * LAYERS))
-    after = kept
-    if following:
-        after = fpt.kept_layers(LAYERS, fpt.round_half_up(following.depth * LAYERS))
+    kept, after = layers_of(stage), layers_of(following)
     for layer in range(LAYERS):
         runs = layer in kept
         box(axes, x, layer, 1.1, 0.76, "0.5" if runs else FAINT)
@@ -50,7 +53,8 @@ def draw_schedule():
     axes = plot.subplots()
     stages = fpt.SCHEDULES["cr"]
     for index, stage in enumerate(stages):
-        draw_stage(axes, 5.4 * index, stage, (stages + [None])[index + 1])
+        following = stages[min(index + 1, len(stages) - 1)]
+        draw_stage(axes, 5.4 * index, stage, following)
     right = 5.4 * len(stages) - 1.8
     for y, text in [(-1.5, "one soft prompt"), (-3, "one optimiser")]:
         box(axes, 0, y, right, 1, "white", f"{text}, all the way through", "black")
@@ -64,14 +68,11 @@ def draw_schedule():
     return plot
 
 
-ARROW = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0}
-
-
 def draw_neuron():
     """Neuron j: a row of `wi`, what comes out of it, and a column of `wo`."""
     plot = Figure(figsize=(7, 2.9), layout="constrained")
     axes = plot.subplots()
-    row, column = 5, 2.4
+    row, left = 5, 12.2  # the height of row j, and where wo begins
     box(axes, 0, 0, 2.4, 8, FAINT)
     box(axes, 0, row, 2.4, 0.5, DARK, "row j")
     axes.text(1.2, 8.3, "wi [d_ff, d]", ha="center")
@@ -79,11 +80,10 @@ def draw_neuron():
     axes.text(4.2, row + 0.25, "activation j at each position", va="center")
     axes.text(4.2, row - 0.75, "its mean absolute value is the score", va="center")
     axes.annotate("", (12.1, row + 0.25), (10.3, row + 0.25), arrowprops=ARROW)
-    left = 12.2 - column
-    box(axes, left + column, 2.8, 8, 2.4, FAINT)
-    box(axes, left + column + 4.6, 2.8, 0.5, 2.4, DARK)
-    axes.text(left + column + 4.85, 2.1, "column j", ha="center")
-    axes.text(left + column + 4, 5.6, "wo [d, d_ff]", ha="center")
+    box(axes, left, 2.8, 8, 2.4, FAINT)
+    box(axes, left + 4.6, 2.8, 0.5, 2.4, DARK)
+    axes.text(left + 4.85, 2.1, "column j", ha="center")
+    axes.text(left + 4, 5.6, "wo [d, d_ff]", ha="center")
     axes.set(xlim=(-0.2, 20.6), ylim=(-0.2, 9.2))
     axes.axis("off")
     return plot
@@ -94,7 +94,7 @@ def draw_gain():
     plot = Figure(figsize=(6, 3.6), layout="constrained")
     axes = plot.subplots()
     flops = [i / 100 for i in range(5, 101)]
-    pt = [71.51 - 1.02 * (1 - x) / 0.35 - 4 * max(0, 0.65 - x) ** 2 * 4 for x in flops]
+    pt = [71.51 - 1.02 * (1 - x) / 0.35 - 16 * max(0, 0.65 - x) ** 2 for x in flops]
     axes.plot(flops, pt, "--", color="black", lw=2, label="pt")
     cr = [70.87 - 9 * (0.65 - x) ** 2 for x in flops if x <= 0.65]
     axes.plot(flops[: len(cr)], cr, "-", color="black", lw=2, label="cr")

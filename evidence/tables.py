@@ -45,6 +45,7 @@ def load(name):
     return json.loads((HERE / f"{name}.json").read_text())
 
 
+@functools.cache
 def frame_of(name):
     """The cells of a record as `fpt.compare` sees them: a row for each run.
 
@@ -66,13 +67,17 @@ def frame_of(name):
             )
         frame = fpt.compare(runs).reset_index(names="name")
         frame["seed"] = rows.seed.to_list()
-        frame["whole"] = rows.get(
-            "on the whole", pandas.Series(index=rows.index)
-        ).to_list()
+        frame["whole"] = rows["on the whole"].to_list()  # NaN if it is none of `fixed`
         frames.append(frame.assign(task=task, steps=steps))
     return (
         pandas.concat(frames).set_index(["name", "task", "steps", "seed"]).sort_index()
     )
+
+
+def study_frame(name):
+    """The part of a record that compares schedules, parts and changes."""
+    frame = frame_of(name).xs(STEPS, level="steps")
+    return frame[frame.index.isin(SEEDS, level="seed")]
 
 
 def spread(values):
@@ -171,8 +176,6 @@ def by_task(title, frame):
     """Everything about each schedule and change, task by task."""
     rows = []
     for name in ["pt", *GROWING, *CHANGES, *FIXED]:
-        if name not in frame.index:
-            continue
         for task, runs in frame.loc[name].groupby("task"):
             row = {
                 "": f"`{name}`" if name not in CHANGES else f"`cr`, {name}",
@@ -204,11 +207,11 @@ def changes_table(records):
     return markdown("## One change", rows)
 
 
-def cosine_table(titles):
+def cosine_table():
     """How alike prompts are as vectors."""
-    found = {title: load(MODELS[title])["cosines"] for title in titles}
+    found = {title: load(name)["cosines"] for title, name in MODELS.items()}
     rows = []
-    for other in next(iter(found.values())):
+    for other in found["shipped"]:
         row = {"cosine with `pt`": other}
         rows.append(row | {title: f"{found[title][other]:.3f}" for title in found})
     return markdown("## Are prompts alike?", rows)
@@ -283,13 +286,13 @@ def draw_default():
     return plot
 
 
-def draw_study(titles):
+def draw_study():
     """The three tasks on each model."""
-    plot = Figure(figsize=(9, 3 * len(titles)), layout="constrained")
-    panels = plot.subplots(len(titles), len(TASKS), sharex=True, squeeze=False)
-    for row, title in zip(panels, titles, strict=True):
+    plot = Figure(figsize=(9, 6), layout="constrained")
+    panels = plot.subplots(len(MODELS), len(TASKS), sharex=True)
+    for row, (title, name) in zip(panels, MODELS.items(), strict=True):
         for axes, task in zip(row, TASKS, strict=True):
-            cells = cells_of(MODELS[title], task, SEEDS)
+            cells = cells_of(name, task, SEEDS)
             draw_curves(axes, cells, f"{task}, {title}")
         row[0].set_ylabel("best dev score so far, %")
     return plot
@@ -297,37 +300,25 @@ def draw_study(titles):
 
 def readme():
     """evidence/README.md, with the tables made anew."""
-    records = records_of_study()
-    parts = [default_table()]
-    if records:
-        parts.append(paper_table("## Schedules", GROWING, records))
-        parts.append(paper_table("## Parts that never grow", FIXED, records))
-        parts += [changes_table(records), cosine_table(records)]
-        for title, frame in records.items():
-            parts.append(by_task(f"{MODELS[title]}.json, the {title} model", frame))
+    records = {title: study_frame(name) for title, name in MODELS.items()}
+    parts = [
+        default_table(),
+        paper_table("## Schedules", GROWING, records),
+        paper_table("## Parts that never grow", FIXED, records),
+        changes_table(records),
+        cosine_table(),
+    ]
+    for title, frame in records.items():
+        parts.append(by_task(f"{MODELS[title]}.json, the {title} model", frame))
     parts += [speed_table(name) for name in SPEEDS]
     head, _, _ = (HERE / "README.md").read_text(encoding="utf-8").partition(MARK)
     return head + MARK + "\n" + "\n".join(parts)
 
 
-@functools.cache
-def records_of_study():
-    """The study's runs of each model that it was run on, and not `default` alone."""
-    records = {}
-    for title, name in MODELS.items():
-        if (HERE / f"{name}.json").exists():
-            frame = frame_of(name).xs(STEPS, level="steps")
-            if "fr" in frame.index:
-                records[title] = frame[frame.index.isin(SEEDS, level="seed")]
-    return records
-
-
 def main():
     (HERE / "README.md").write_text(readme(), encoding="utf-8")
     draw_default().savefig(HERE / "default.png", dpi=120)
-    records = records_of_study()
-    if records:
-        draw_study(records).savefig(HERE / "study.png", dpi=120)
+    draw_study().savefig(HERE / "study.png", dpi=120)
 
 
 if __name__ == "__main__":
